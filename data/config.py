@@ -1,0 +1,224 @@
+"""Settings: YAML files under ``configs/`` read into pydantic models that forbid unknown keys.
+
+A file's name is the name a user types. A file may extend one other of its folder. What is wrong with a file is answered
+with the file, the line and the nearest right word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from r1distill.data.errors import RequestError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+
+M = TypeVar("M", bound="Settings")
+Location = tuple[str | int, ...]
+
+
+class Settings(BaseModel):
+    """Base of every settings model: unknown keys are errors, values don't change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The values that decide content, without those declared with ``execution`` (they only decide how)."""
+        return {
+            name: _identity(getattr(self, name))
+            for name, field in type(self).model_fields.items()
+            if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution"))
+        }
+
+
+def execution(default: Any = ..., **constraints: Any) -> Any:
+    """A field that decides how a thing is computed and not what comes out: it stays out of fingerprints."""
+    return Field(default, json_schema_extra={"execution": True}, **constraints)
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return value.identity()
+    if isinstance(value, (list, tuple)):
+        return [_identity(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _identity(item) for key, item in value.items()}
+    return value
+
+
+def names(folder: str) -> list[str]:
+    """The names a user can type for one kind of configuration."""
+    return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+
+
+def load(folder: str, name: str, model: type[M], overrides: dict[str, Any] | None = None) -> M:
+    """Read ``configs/<folder>/<name>.yaml`` (or the YAML file that ``name`` is a path of) into ``model``.
+
+    ``overrides`` maps dotted keys to values (from ``--set``). Raises RequestError for an unknown name, a misspelt key
+    or a value of the wrong type.
+    """
+    path, values, lines = _read(folder, name)
+    for key, value in (overrides or {}).items():
+        _put(values, key.split("."), value)
+    values.setdefault("name", path.stem)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RequestError(_explain(error, model, path, lines, overrides or {})) from None
+
+
+def parse_overrides(pairs: Sequence[str], sections: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Turn ``--set student.sft.epochs=2`` into {"student": {"sft.epochs": 2}}; values are read as YAML."""
+    result: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        section, _, rest = key.strip().partition(".")
+        if not equals or not rest:
+            raise RequestError(f"--set takes SECTION.KEY=VALUE, found '{pair}'. Example: --set student.sft.epochs=2")
+        if section not in result:
+            raise RequestError(f"--set {pair}: there is no section '{section}'.{nearest(section, sections)}")
+        try:
+            result[section][rest] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RequestError(f"--set {pair}: the value is not YAML ({error}).") from None
+    return result
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    """A closing sentence that names the nearest right word, or all of them."""
+    close = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(str(choice) for choice in choices)}." if choices else ""
+
+
+def _read(folder: str, name: str, seen: tuple[Path, ...] = ()) -> tuple[Path, dict[str, Any], dict[Location, str]]:
+    """The merged values of a file and those it extends, and where each key stands (``file:line``)."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / folder / f"{name}.yaml"
+    singular = folder.removesuffix("s") if folder != "hardware" else folder
+    if not path.is_file():
+        raise RequestError(f"there is no {singular} '{name}' ({path} is not a file).{nearest(name, names(folder))}")
+    if path in seen:
+        raise RequestError(f"{path}: 'extends' goes in a circle.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RequestError(f"{path} can't be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"{path} should hold a mapping of keys to values, found {type(values).__name__}.")
+    lines = {key: f"{path}:{line}" for key, line in _lines(node)}
+    if parent := values.pop("extends", None):
+        if seen:
+            raise RequestError(f"{seen[-1]}: it extends {path.name}, which extends another; one level is the limit.")
+        _, base, base_lines = _read(folder, str(parent), (*seen, path))
+        values, lines = _merge(base, values), base_lines | lines
+    return path, values, lines
+
+
+def _lines(node: yaml.Node | None, prefix: Location = ()) -> typing.Iterator[tuple[Location, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*prefix, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*prefix, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*prefix, index), value.start_mark.line + 1
+            yield from _lines(value, (*prefix, index))
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """``top`` over ``base``; mappings are merged key by key unless their ``kind`` differs, which replaces them."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = (
+            _merge(old, value) if both and value.get("kind", old.get("kind")) == old.get("kind") else value
+        )
+    return merged
+
+
+def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        child = values.get(key)
+        if isinstance(child, list) and keys[keys.index(key) + 1].isdigit():
+            return _put_in_list(child, keys[keys.index(key) + 1 :], value)
+        if not isinstance(child, dict):
+            child = values[key] = {}
+        values = child
+    values[keys[-1]] = value
+
+
+def _put_in_list(items: list[Any], keys: list[str], value: Any) -> None:
+    index = int(keys[0])
+    if index >= len(items):
+        raise RequestError(f"--set: the list has {len(items)} entries, there is no number {index}.")
+    if len(keys) == 1:
+        items[index] = value
+    else:
+        _put(items[index], keys[1:], value)
+
+
+def _explain(
+    error: ValidationError, model: type[BaseModel], path: Path, lines: dict[Location, str], overrides: dict[str, Any]
+) -> str:
+    messages = []
+    for problem in error.errors():
+        location = problem["loc"]
+        plain = tuple(part for part in location if not _is_tag(part, location, lines))
+        key = ".".join(str(part) for part in plain)
+        where = next((lines[plain[:end]] for end in range(len(plain), 0, -1) if plain[:end] in lines), str(path))
+        if any(key == name or key.startswith(name + ".") for name in overrides):
+            where = f"--set {key}"
+        if problem["type"] == "extra_forbidden":
+            siblings = _fields_at(model, location[:-1])
+            messages.append(f"{where}: unknown key '{key}'.{nearest(str(location[-1]), siblings)}")
+        elif problem["type"] == "missing":
+            messages.append(f"{where}: '{key}' is required and missing.")
+        else:
+            messages.append(f"{where}: '{key}': {problem['msg']} (found {problem['input']!r}).")
+    return "\n".join(dict.fromkeys(messages))
+
+
+def _is_tag(part: str | int, location: Location, lines: dict[Location, str]) -> bool:
+    """pydantic puts the chosen kind of a tagged union into the location; it is no key of the file."""
+    index = location.index(part)
+    before = tuple(p for p in location[:index])
+    return isinstance(part, str) and index > 0 and (*before, part) not in lines and (*before, "kind") in lines
+
+
+def _fields_at(model: Any, location: Location) -> list[str]:
+    """The keys that are allowed at ``location``, found by walking the annotations of the models."""
+    for part in location:
+        choices = [choice for choice in _models_in(model) if isinstance(part, str)]
+        if not choices:
+            continue
+        tagged = [choice for choice in choices if _tag(choice) == part]
+        if tagged:
+            model = tagged[0]
+            continue
+        model = next((c.model_fields[part].annotation for c in choices if part in c.model_fields), None)
+    return sorted({name for choice in _models_in(model) for name in choice.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType, list, tuple, dict):
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    kind = model.model_fields.get("kind")
+    return str(typing.get_args(kind.annotation)[0]) if kind and typing.get_args(kind.annotation) else None

