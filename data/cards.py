@@ -1,0 +1,88 @@
+"""The dataset's card, computed from the rows that went into it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+BUCKETS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens
+
+
+@dataclass
+class Facts:
+    """What the card says, gathered row by row."""
+
+    title: str
+    lineage: dict[str, Any]
+    rejected: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    tokens: int = 0
+    domains: Counter[str] = field(default_factory=Counter)
+    sources: Counter[tuple[str, str]] = field(default_factory=Counter)  # (source, licence)
+    teachers: Counter[tuple[str, str]] = field(default_factory=Counter)  # (as reported, revision)
+    samplings: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+
+    def add(self, row: dict[str, Any], trace: dict[str, Any]) -> None:
+        """Count one training row and the trace that it came from."""
+        tokens = row["completion_tokens"] or 0
+        self.rows += 1
+        self.tokens += tokens
+        self.domains[row["domain"]] += 1
+        self.sources[row["source"], row["license"]] += 1
+        self.teachers[trace["teacher"], trace["teacher_revision"]] += 1
+        self.samplings[trace["sampling"]] += 1
+        self.lengths[next((edge for edge in BUCKETS if tokens <= edge), BUCKETS[-1] + 1)] += 1
+
+    def card(self) -> str:
+        """The card as Markdown with the Hub's metadata in front."""
+        licenses = sorted({license for _, license in self.sources})
+        head = {
+            "license": licenses[0] if len(licenses) == 1 else "other",
+            "task_categories": ["text-generation"],
+            "tags": ["reasoning", "distillation"],
+            "configs": [
+                {
+                    "config_name": "default",
+                    "data_files": [{"split": s, "path": f"parquet/{s}-*.parquet"} for s in ("train", "validation")],
+                }
+            ],
+        }
+        # JSON is YAML, and quotes what needs quoting.
+        meta = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+        return "\n".join(
+            [
+                f"---\n{meta}\n---\n",
+                f"# {self.title}",
+                "",
+                f"{self.rows:,} reasoning traces, {self.tokens:,} completion tokens. Every trace passed every required check;",
+                "the rejected ones and their reasons are counted below.",
+                "",
+                *_table("Domain", self.domains.items()),
+                *_table("Source, licence", ((f"{s}, {lic}", n) for (s, lic), n in self.sources.items())),
+                *_table("Teacher, revision", ((f"{t}, {r}", n) for (t, r), n in self.teachers.items())),
+                *_table("Sampling", ((f"`{s}`", n) for s, n in self.samplings.items())),
+                *_table("Completion tokens, up to", ((_edge(e), self.lengths[e]) for e in sorted(self.lengths))),
+                *_table("Not kept, because", self.rejected.most_common()),
+                "## Columns",
+                "",
+                "`messages` holds the user's message and the assistant's, with its `thinking` (without tags) and its "
+                "`content`. `prompt_id` is the hash of the normalised question, and no question is in two splits.",
+                "",
+                "## Lineage",
+                "",
+                *(f"- {key}: `{value}`" for key, value in self.lineage.items()),
+                "",
+            ]
+        )
+
+
+def _edge(edge: int) -> str:
+    return f"{edge:,}" if edge <= BUCKETS[-1] else f"over {BUCKETS[-1]:,}"
+
+
+def _table(heading: str, counts: Any) -> list[str]:
+    rows = [f"| {name} | {count:,} |" for name, count in counts]
+    return [f"| {heading} | traces |", "|---|---|", *rows, ""] if rows else []

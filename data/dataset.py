@@ -1,0 +1,136 @@
+"""The dataset stage: the selected traces as messages, split by prompt, as Arrow for us and Parquet for others."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from r1distill.data import cards, schema
+from r1distill.data.config import Settings
+from r1distill.data.errors import R1DistillError
+from r1distill.data.result import Result
+
+Key = tuple[str, int]
+SPLITS = ("train", "validation")
+
+
+class Selection(Settings):
+    """Which of a prompt's passing traces are kept, and how many prompts are set aside for validation."""
+
+    policy: Literal["first", "shortest", "all"] = "first"
+    per_prompt: int = Field(1, gt=0)  # at most so many of a prompt's traces; `all` keeps every one
+    validation_share: float = Field(0.02, ge=0, lt=1)  # of the prompts, by hash, so that it is stable as prompts are added
+
+
+def build(
+    settings: Selection, prompts: Path, traces: Path, verdicts: Path, out: Path, *, title: str, lineage: dict[str, Any]
+) -> Result:
+    """Write ``train`` and ``validation`` tables (TRAINING_ROW), their Parquet twins and the card.
+
+    Counts are of traces: a trace that its verdicts rejected counts under their first reason, one that passed and was not
+    needed under "not selected".
+    """
+    outcomes = outcomes_of(verdicts)
+    trace_table = schema.read(traces, schema.TRACE)
+    chosen, rejected = _choose(settings, trace_table, outcomes)
+    about = {row["prompt_id"]: row for row in schema.rows(schema.read(prompts, schema.PROMPT), _ABOUT)}
+    facts = cards.Facts(title=title, lineage=lineage)
+    kept: Counter[str] = Counter()
+    writers = {name: schema.TableWriter(out / name, schema.TRAINING_ROW) for name in SPLITS}
+    for trace in schema.rows(trace_table):
+        if (trace["prompt_id"], trace["sample"]) in chosen:
+            row = training_row(trace, about[trace["prompt_id"]])
+            split = split_of(trace["prompt_id"], settings.validation_share)
+            writers[split].append(row)
+            kept[split] += 1
+            facts.add(row, trace)
+    for writer in writers.values():
+        writer.close()
+    if not kept.total():
+        raise R1DistillError(f"no trace passed its verdicts: {dict(rejected)}. Look at them: r1distill inspect {traces}")
+    schema.write_splits(out, list(SPLITS))
+    _write_parquet(out)
+    facts.rejected = rejected
+    (out / "README.md").write_text(facts.card(), encoding="utf-8")
+    metrics = {"splits": dict(kept), "prompts": len({key for key, _ in chosen}), "completion_tokens": facts.tokens}
+    return Result(trace_table.num_rows, kept.total(), dict(rejected), metrics, unit="traces")
+
+
+_ABOUT = ["prompt_id", "domain", "source", "license"]
+
+
+def outcomes_of(verdicts: Path) -> dict[Key, str | None]:
+    """For each trace None where it passed, else the first reason that stands against it (check: reason)."""
+    found: dict[Key, tuple[int, str | None]] = {}
+    rank = {"fail": 2, "unverifiable": 1, "pass": 0}
+    columns = ["prompt_id", "sample", "check", "outcome", "reason"]
+    for row in schema.rows(schema.read(verdicts, schema.VERDICT), columns):
+        key = (row["prompt_id"], row["sample"])
+        worse = rank[row["outcome"]]
+        if worse > found.get(key, (-1, None))[0]:
+            found[key] = (worse, f"{row['check']}: {row['reason']}" if worse else None)
+    return {key: reason for key, (_, reason) in found.items()}
+
+
+def _choose(settings: Selection, traces: Any, outcomes: dict[Key, str | None]) -> tuple[set[Key], Counter[str]]:
+    """The keys of the selected traces, and the reasons of all others."""
+    passing: dict[str, list[tuple[int, int]]] = {}
+    rejected: Counter[str] = Counter()
+    for row in schema.rows(traces, ["prompt_id", "sample", "completion_tokens"]):
+        reason = outcomes.get((row["prompt_id"], row["sample"]), "no verdict")
+        if reason is not None:
+            rejected[reason] += 1
+        else:
+            length = (row["completion_tokens"] or 0) if settings.policy == "shortest" else 0
+            passing.setdefault(row["prompt_id"], []).append((length, row["sample"]))
+    chosen: set[Key] = set()
+    for key, found in passing.items():
+        best = found if settings.policy == "all" else heapq.nsmallest(settings.per_prompt, found)
+        chosen |= {(key, sample) for _, sample in best}
+        rejected["not selected"] += len(found) - len(best)
+    return chosen, +rejected
+
+
+def split_of(prompt_id: str, validation_share: float) -> str:
+    """The split of a prompt: all its traces share it, and it stays as others come and go."""
+    point = int(hashlib.sha256(f"split:{prompt_id}".encode()).hexdigest()[:8], 16) / 2**32
+    return "validation" if point < validation_share else "train"
+
+
+def training_row(trace: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """A trace as messages: exactly what the teacher was told, then its thinking and its response."""
+    told = [message for message in json.loads(trace["request_text"]) if message["role"] == "user"][-1]["content"]
+    return {
+        "prompt_id": trace["prompt_id"],
+        "sample": trace["sample"],
+        "messages": [
+            {"role": "user", "content": told, "thinking": None},
+            {"role": "assistant", "content": trace["response"], "thinking": trace["reasoning"]},
+        ],
+        "domain": about["domain"],
+        "source": about["source"],
+        "license": about["license"],
+        "completion_tokens": trace["completion_tokens"],
+    }
+
+
+def _write_parquet(out: Path) -> None:
+    folder = out / "parquet"
+    folder.mkdir(exist_ok=True)
+    for name in SPLITS:
+        table = schema.read(out / name, schema.TRAINING_ROW)
+        if table.num_rows:  # an empty split would make the Hub's viewer fail
+            pq.write_table(table, folder / f"{name}-00000-of-00001.parquet", compression="zstd")
+
+
+def rows_of(dataset: Path, split: str) -> Iterator[dict[str, Any]]:
+    """The training rows of one split of a dataset artifact."""
+    yield from schema.rows(schema.read(dataset / split, schema.TRAINING_ROW))

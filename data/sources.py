@@ -1,0 +1,221 @@
+"""Where questions come from: procedural tasks, local files, datasets on the Hub.
+
+Reading yields raw rows as the source names its columns; ``records`` maps and filters them. A source's revision is the
+content that it had: a commit, a hash of the file, a package's version.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import zlib
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from r1distill.data.config import Settings, nearest
+from r1distill.data.errors import RequestError
+
+Record = dict[str, Any]
+
+
+class Task(Settings):
+    """One reasoning-gym task: how many questions of it, and the task's own configuration."""
+
+    count: int = Field(gt=0)
+    config: dict[str, Any] = {}
+
+
+class ReasoningGymSource(Settings):
+    """Questions made by reasoning-gym's generators; the same seed makes the same questions."""
+
+    kind: Literal["reasoning_gym"]
+    seed: int
+    tasks: dict[str, Task] = Field(min_length=1)
+    domain: str = "math"
+    verifier: str = "math"
+    verifier_args: dict[str, Any] = {}
+    license: str = "apache-2.0"
+
+
+class _Columns(Settings):
+    columns: dict[str, str] = {}  # our column: the source's column
+    where: dict[str, Any] = {}  # only rows whose column has this value
+    domain: str = "math"
+    verifier: str = "math"
+    verifier_args: dict[str, Any] = {}
+    license: str
+    limit: int | None = None
+
+
+class FileSource(_Columns):
+    """A local JSONL, JSONL.gz or Parquet file."""
+
+    kind: Literal["file"]
+    path: str
+    source: str | None = None  # what the rows' source is called; default: the file's name
+
+
+class HubSource(_Columns):
+    """A dataset on the Hugging Face Hub."""
+
+    kind: Literal["hub"]
+    repo: str
+    revision: str = "main"
+    config: str | None = None
+    split: str = "train"
+
+
+Source = Annotated[ReasoningGymSource | FileSource | HubSource, Field(discriminator="kind")]
+
+
+def title(source: Source) -> str:
+    """What the rows' ``source`` column says."""
+    if isinstance(source, ReasoningGymSource):
+        return "reasoning-gym"
+    return source.repo if isinstance(source, HubSource) else source.source or Path(source.path).name
+
+
+@lru_cache(maxsize=64)
+def _file_hash(path: Path, size: int, modified_ns: int) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def revision(source: Source) -> str:
+    """The exact content that the source has now; raises RequestError where it can't be had."""
+    if isinstance(source, ReasoningGymSource):
+        try:
+            return importlib.metadata.version("reasoning-gym")
+        except importlib.metadata.PackageNotFoundError:
+            raise RequestError("the package reasoning-gym is not installed. Install it: make setup") from None
+    if isinstance(source, FileSource):
+        path = _file(source)
+        return _file_hash(path, path.stat().st_size, path.stat().st_mtime_ns)
+    return _hub_commit(source)
+
+
+def _file(source: FileSource) -> Path:
+    path = Path(source.path)
+    if not path.is_file():
+        raise RequestError(
+            f"there is no file {path} (seen from {Path.cwd()}). Give another: --set SECTION.source.path=FILE, or correct "
+            "'path' in the configuration."
+        )
+    return path
+
+
+def _hub_commit(source: HubSource) -> str:
+    if len(source.revision) == 40 and all(c in "0123456789abcdef" for c in source.revision):
+        return source.revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        info = HfApi().dataset_info(source.repo, revision=source.revision, timeout=10)
+        if info.gated:
+            HfApi().auth_check(source.repo, repo_type="dataset")
+        return str(info.sha)
+    except GatedRepoError:
+        raise RequestError(
+            f"the dataset {source.repo} is gated and this account has no access. Ask for it at "
+            f"https://huggingface.co/datasets/{source.repo} and set HF_TOKEN."
+        ) from None
+    except RepositoryNotFoundError:
+        raise RequestError(f"there is no dataset {source.repo} on the Hub, or it is private: set HF_TOKEN.") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise RequestError(
+            f"the Hub can't be asked for the dataset {source.repo} ({type(error).__name__}). Check the network, or pin the "
+            "40-digit commit as 'revision'."
+        ) from None
+
+
+def records(source: FileSource | HubSource) -> Iterator[Record | str]:
+    """Rows with our column names, filtered by ``where``; a row that can't be read is the reason, as a string.
+
+    Columns that are not mapped keep their name. Raises RequestError where the source as a whole can't be read.
+    """
+    rows = _hub_rows(source) if isinstance(source, HubSource) else file_rows(_file(source))
+    names = {theirs: ours for ours, theirs in source.columns.items()}
+    taken = 0
+    for row in rows:
+        if isinstance(row, str):
+            yield row
+            continue
+        if missing := [column for column in (*source.columns.values(), *source.where) if column not in row]:
+            if not taken:
+                raise RequestError(f"{title(source)} has no column '{missing[0]}'.{nearest(missing[0], list(row))}")
+            yield f"column {missing[0]} missing"
+            continue
+        if all(row[column] == value for column, value in source.where.items()):
+            if source.limit is not None and taken >= source.limit:
+                return
+            taken += 1
+            yield {names.get(key, key): value for key, value in row.items()}
+
+
+def file_rows(path: Path) -> Iterator[Record | str]:
+    """Rows of a JSONL, JSONL.gz or Parquet file or a datasets folder; an unreadable JSONL line is a reason instead."""
+    if path.is_dir():
+        yield from _folder_rows(path)
+    elif path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
+        yield from _json_rows(path)
+    else:
+        raise RequestError(f"{path} should end in .jsonl, .jsonl.gz or .parquet, or be a datasets folder.")
+
+
+def _json_rows(path: Path) -> Iterator[Record | str]:
+    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    with opened as lines:
+        while True:
+            try:
+                line = lines.readline()
+            except (OSError, EOFError, zlib.error) as error:
+                yield f"unreadable: the file is damaged from here on ({type(error).__name__})"
+                return
+            if not line:
+                return
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                yield "unreadable: not JSON"
+                continue
+            yield row if isinstance(row, dict) else "unreadable: not a JSON object"
+
+
+def _parquet_rows(path: Path) -> Iterator[Record | str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=512):
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RequestError(f"{path} can't be read as Parquet: {error}") from None
+
+
+def _folder_rows(path: Path) -> Iterator[Record | str]:
+    from datasets import Dataset, load_from_disk
+
+    try:
+        found = load_from_disk(str(path))
+    except Exception as error:
+        raise RequestError(f"{path} can't be read as a datasets folder: {error}") from None
+    for part in [found] if isinstance(found, Dataset) else list(found.values()):
+        yield from part
+
+
+def _hub_rows(source: HubSource) -> Iterator[Record | str]:
+    from datasets import load_dataset
+
+    yield from load_dataset(source.repo, source.config, split=source.split, revision=revision(source), streaming=True)

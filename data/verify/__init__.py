@@ -1,0 +1,1 @@
+"""Checks of single traces: correctness by domain, and the filters of form."""

@@ -1,0 +1,136 @@
+"""The final answer of a response: what is boxed, else what the closing sentence states.
+
+Where a response leaves open which of several numbers it means, there is no answer here: a guess could accept a wrong one.
+"""
+
+from __future__ import annotations
+
+import re
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_MARKER = re.compile(
+    r"(?:^[\W_]*(?:(?:the|my|original)\s+)?(?:final\s+)?answer(?:\s*\([^)\n]*\))?[\s*_]*[:：][\s*_]*|^\s*#{3,4}\s+(?=[-$\d]))"
+    r"|\b(?:the\s+)?(?:final\s+)?answer\s+is\b[\s*_]*[:：]?[\s*_]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?:\*\*)?\s+(?=[A-Z*\\$(])")
+_CONNECTIVE = re.compile(r"[.!?]\s|\n\s*\n|\b(?:therefore|thus|hence|so|final|finally|which (?:is|means|gives))\b", re.I)
+# A sentence that says so has no answer to offer, whatever numbers it mentions.
+_HEDGE = re.compile(
+    r"\b(?:cannot|can['’]t|can not|could not|insufficient|not (?:provide )?enough|impossible|unanswerable|speculat\w*|"
+    r"undetermined|indeterminate|unclear|might|perhaps|assum\w+|(?:isn|doesn)['’]t|missing|incomplete|"
+    r"lacks? (?:sufficient|enough|necessary|relevant|the|any|information|context|data))\b",
+    re.I,
+)
+_NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+_QUANTITY = re.compile(
+    rf"(?<![\w.^_{{])[-−–]?\s?(?P<currency>\\?\$|[€£¥₹])?\s?[-−]?(?:{_NUMBER})"
+    rf"(?:\s?/\s?(?:{_NUMBER})(?!\w))?(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion|dozen)\b)?(?![\d^_])"
+)
+_INLINE = re.compile(r"\\\((?P<a>[^\n]+?)\\\)|\\\[(?P<b>.+?)\\\]|\$\$(?P<c>[^$]+)\$\$|(?<![\\\w])\$(?P<d>[^$\n]+?)(?<!\\)\$", re.S)
+_BOLD = re.compile(r"\*\*(?P<bold>[^*\n]+)\*\*")
+_GLUE = re.compile(r"(?:\\?(?:times|cdot|div)\b|[=≈+×÷*])")
+
+
+def final_answer(response: str, question: str = "") -> str | None:
+    """The text of the final answer in ``response`` (what follows the thinking), or None where it states none clearly.
+
+    The last box counts; boxes that stand together ("$\\boxed{3}$ or $\\boxed{5}$") count together, joined by commas.
+    Without a box it is the sentence after "Answer:", else the closing sentence. Numbers of the ``question`` that are
+    repeated in that sentence are not taken for the answer when another number stands there.
+    """
+    boxes = _boxes(response)
+    if boxes:
+        return _joined(response, boxes)
+    sentence = _closing_sentence(response)
+    return None if sentence is None or _HEDGE.search(sentence) else _stated(sentence, question)
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, content) of every complete outermost box; a nested box stands for its inner content."""
+    found = []
+    position = 0
+    while match := _BOX.search(text, position):
+        position = match.end()
+        if not text.startswith("{", position):
+            if token := re.match(r"-?\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])", text[position:]):  # \boxed 5
+                found.append((match.start(), position + token.end(), token.group()))
+            continue
+        end = _closing_brace(text, position)
+        if end is None:
+            continue
+        content = text[position + 1 : end].strip()
+        inner = _boxes(content)
+        if content:
+            found.append((match.start(), end + 1, inner[-1][2] if inner else content))
+        position = end + 1
+    return found
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """The position of the brace that closes the one at ``start``; ``\\{`` and ``\\}`` are text."""
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.start()
+    return None
+
+
+def _joined(text: str, boxes: list[tuple[int, int, str]]) -> str:
+    group = [boxes[-1]]
+    for box in reversed(boxes[:-1]):
+        between = text[box[1] : group[0][0]]
+        if len(between) > 80 or _CONNECTIVE.search(between):
+            break
+        group.insert(0, box)
+    return ", ".join(dict.fromkeys(content for _, _, content in group))
+
+
+def _closing_sentence(response: str) -> str | None:
+    """The sentence that should hold the answer: the one after the last "Answer:", else the last one."""
+    markers = list(_MARKER.finditer(response))
+    if markers:
+        region = response[markers[-1].end() :].strip()
+        paragraph = re.split(r"\n\s*\n", region, maxsplit=1)[0]
+        return _SENTENCE_END.split(paragraph, maxsplit=1)[0].strip() or None
+    paragraphs = [part for part in re.split(r"\n\s*\n", response) if part.strip()]
+    if not paragraphs:
+        return None
+    paragraph = paragraphs[-1].strip()
+    if paragraph.startswith((r"\[", "$$")) and paragraph.endswith((r"\]", "$$")):
+        return paragraph
+    return _SENTENCE_END.split(paragraph.splitlines()[-1])[-1].strip()
+
+
+def _stated(sentence: str, question: str) -> str | None:
+    """The one quantity or formula that a sentence states, or None where there are several to choose from."""
+    if len(sentence) > 600:
+        return None
+    bold = list(dict.fromkeys(m["bold"].strip(" .:") for m in _BOLD.finditer(sentence) if re.search(r"\d|\\", m["bold"])))
+    if len(bold) == 1 and "=" not in bold[0]:
+        sentence = bold[0]
+    if "=" in sentence or "≈" in sentence:
+        sentence = re.split(r"=|≈|\\approx", sentence)[-1]
+    if formula := _only_formula(sentence):
+        return formula
+    numbers = {m.group().strip(): m for m in _QUANTITY.finditer(sentence)}
+    if not numbers:
+        words = sentence.strip(" .*_$()\\[]")
+        return words if 0 < len(words.split()) <= 4 and not _GLUE.search(words) else None
+    if len(numbers) == 1:
+        return next(iter(numbers))
+    if _GLUE.search(sentence):  # a calculation whose result is not stated
+        return None
+    asked = {re.sub(r"[^\d.]", "", m.group()) for m in _QUANTITY.finditer(question)}
+    new = [text for text in numbers if re.sub(r"[^\d.]", "", text) not in asked]
+    return new[0] if len(new) == 1 else None
+
+
+def _only_formula(sentence: str) -> str | None:
+    """The content of the only formula, where it says more than a number does and no number stands outside of it."""
+    formulas = [next(group for group in match.groups() if group) for match in _INLINE.finditer(sentence)]
+    outside = _INLINE.sub(" ", sentence)
+    if len(formulas) == 1 and not re.search(r"\d", outside) and len(formulas[0].split()) < 25:
+        return formulas[0].strip(" .,;")
+    return None

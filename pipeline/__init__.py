@@ -1,0 +1,1 @@
+"""The chain: stages, artifacts, the runner, the planner, the scores and the command line."""

@@ -1,0 +1,233 @@
+"""The command line. Each command loads a request, calls a room and prints; what it does lives in the rooms.
+
+Exit codes: 0 done; 1 failed; 2 the request can't be met; 3 finished, but a gate failed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from r1distill.data.errors import R1DistillError
+
+GATE_FAILED = 3
+
+app = typer.Typer(
+    name="r1distill",
+    help="Distil DeepSeek-R1 into smaller students: from prompts to a verified, published model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+StudentName = Annotated[str, typer.Option("--student", help="A name from configs/students, or a YAML file.")]
+TeacherName = Annotated[str | None, typer.Option("--teacher", help="A name from configs/teachers; default: the student's.")]
+PromptsName = Annotated[str | None, typer.Option("--prompts", help="A name from configs/prompts; default: the teacher's.")]
+HardwareName = Annotated[str | None, typer.Option("--hardware", help="A name from configs/hardware; default: this machine.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: --set student.sft.epochs=2")]
+Json = Annotated[bool, typer.Option("--json", help="Answer as JSON, for scripts.")]
+
+DEFAULT_STUDENT = "smollm2-135m"
+
+
+@app.command()
+def distill(
+    student: StudentName = DEFAULT_STUDENT,
+    teacher: TeacherName = None,
+    prompts: PromptsName = None,
+    hardware: HardwareName = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    changes: Changes = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be built and what is there.")] = False,
+    to: Annotated[str, typer.Option(help="'folder', or 'hub' to upload the publication when it is done.")] = "folder",
+    as_json: Json = False,
+) -> None:
+    """Run the whole chain: prompts, traces, verdicts, dataset, packs, checkpoint, variants, scores, publication."""
+    from r1distill.pipeline import plan, report, runner
+    from r1distill.pipeline.run import Run
+
+    run = Run.load(student, teacher, prompts, hardware, changes or [])
+    if dry_run:
+        report.show_chain(runner.chain(run, until), out, as_json)
+        return
+    if to not in ("folder", "hub"):
+        raise typer.BadParameter(f"--to takes 'folder' or 'hub', found '{to}'.")
+    plan.check(run.student, run.teacher, run.hardware)
+    steps = runner.chain(run, until)
+    done: list[runner.Done] = []
+    failed: list[str] = []
+    for item in runner.execute(run, _until_gate(steps, failed)):
+        done.append(item)
+        failed += item.artifact.manifest["failed_gates"]
+        if not as_json:
+            report.show_stage(item, out)
+    report.show_end(run, done, out, as_json)
+    if to == "hub" and done[-1].step.stage.name == "publication":
+        _upload(done[-1].artifact.path, run)
+    raise typer.Exit(GATE_FAILED if failed else 0)
+
+
+def _until_gate(steps: list[Any], failed: list[str]) -> Any:
+    """The steps, ending before the publication where the checkpoint's own gate failed."""
+    for step in steps:
+        if step.stage.name == "publication" and "checkpoint" in failed:
+            err.print("[red]The checkpoint failed its gate: nothing is published.[/red]")
+            return
+        yield step
+
+
+@app.command()
+def plan(
+    student: StudentName = DEFAULT_STUDENT,
+    teacher: TeacherName = None,
+    prompts: PromptsName = None,
+    hardware: HardwareName = None,
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, time and cost of every stage on a hardware; exits 2 where it doesn't fit."""
+    from r1distill.pipeline import plan, report
+    from r1distill.pipeline.run import Run
+
+    run = Run.load(student, teacher, prompts, hardware, changes or [])
+    answer = plan.plan(run.student, run.teacher, run.hardware)
+    report.show_plan(answer, out, as_json)
+    raise typer.Exit(0 if answer.fits else 2)
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Every artifact under $R1DISTILL_HOME: what is sealed, what is half-built."""
+    from r1distill.pipeline import report, runner
+    from r1distill.pipeline.run import home_folder
+
+    report.show_status(home_folder(), runner.artifacts(home_folder()), out, as_json)
+
+
+@app.command()
+def serve(
+    teacher: Annotated[str, typer.Option(help="A name from configs/teachers.")] = "embedded",
+    port: Annotated[int | None, typer.Option(help="Listen here; default: a free port.")] = None,
+    hardware: HardwareName = None,
+    changes: Changes = None,
+) -> None:
+    """Serve a teacher with vLLM until Ctrl-C."""
+    from r1distill.data.config import parse_overrides
+    from r1distill.pipeline import plan
+    from r1distill.pipeline.run import SECTIONS, home_folder
+    from r1distill.teacher import serve
+    from r1distill.teacher.settings import load_teacher
+
+    settings = load_teacher(teacher, parse_overrides(changes or [], SECTIONS)["teacher"])
+    plan.check_teacher(settings, plan.hardware_named(hardware))
+    home = home_folder()
+    with serve.serving(serve.spec_of(settings, home, port=port), home / "logs") as endpoint:
+        out.print(f"{endpoint.model} answers at {endpoint.base_url} (Ctrl-C ends it)")
+        serve.wait_for_interrupt()
+
+
+@app.command()
+def verify(
+    input: Annotated[Path, typer.Argument(help="JSONL, JSONL.gz, Parquet or a datasets folder.")],
+    into: Annotated[Path, typer.Option("--out", help="Folder for verdicts.parquet.")],
+    columns: Annotated[str, typer.Option(help="Our column=yours: prompt=…,completion=…,reference_answer=…")] = "",
+    verifier: Annotated[str, typer.Option(help="The verifier of rows that name none.")] = "math",
+    as_json: Json = False,
+) -> None:
+    """Judge completions that exist already: one row of verdicts for each row of the input, in order."""
+    from r1distill.data import verdicts
+    from r1distill.data.errors import RequestError
+    from r1distill.pipeline import report
+
+    pairs = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
+    if columns and len(pairs) != len(columns.split(",")):
+        raise RequestError(f"--columns takes NAME=COLUMN,NAME=COLUMN…, found '{columns}'.")
+    totals = verdicts.verify_file(input, into, pairs, verifier, verdicts.VerdictSettings())
+    report.show_totals(totals, into / "verdicts.parquet", out, as_json)
+
+
+@app.command()
+def inspect(
+    traces: Annotated[Path | None, typer.Argument(help="A traces artifact; default: the newest.")] = None,
+    row: Annotated[int | None, typer.Option(help="Lay out this trace for reading.")] = None,
+) -> None:
+    """Counts, rejection reasons and lengths of a traces artifact, or one trace laid out for reading."""
+    from r1distill.data import inspection
+    from r1distill.pipeline.run import home_folder
+
+    found = inspection.Traces(traces or inspection.newest(home_folder()))
+    out.print(found.describe() if row is None else found.show(row), markup=False)
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path | None, typer.Argument(help="A publication artifact; default: the newest.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repositories public; default: private.")] = False,
+    student: StudentName = DEFAULT_STUDENT,
+    to: Annotated[str, typer.Option(help="'hub', or 'folder' to list what would be uploaded.")] = "folder",
+    changes: Changes = None,
+) -> None:
+    """Upload a publication to the Hugging Face Hub, or list its files."""
+    from r1distill.pipeline.run import Run
+
+    run = Run.load(student, overrides=changes or [])
+    path = folder or _newest(run.home / "publication")
+    if to == "hub":
+        _upload(path, run, private=not public)
+        return
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json"):
+        out.print(f"{file.stat().st_size:>14,}  {file.relative_to(path)}", markup=False)
+
+
+@app.command("embedded-teacher")
+def embedded_teacher(changes: Changes = None) -> None:
+    """Train the embedded teacher's adapter again, from worked solutions, with the project's own stages."""
+    from r1distill.pipeline import embedded
+
+    embedded.train(changes or [], out)
+
+
+def _upload(path: Path, run: Any, private: bool = True) -> None:
+    from r1distill.students import publish
+
+    for url in publish.upload(path, run.student, private=private):
+        out.print(f"published: {url}")
+
+
+def _newest(folder: Path) -> Path:
+    from r1distill.data.errors import RequestError
+
+    found = sorted(folder.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
+    if not found:
+        raise RequestError(f"there is no publication under {folder}. Make one first: make distill")
+    return found[-1].parent
+
+
+def main() -> None:
+    """Entry point: one clear message for what is wrong, and the exit code that says which kind."""
+    logging.basicConfig(level=os.environ.get("R1DISTILL_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
+    try:
+        app()
+    except R1DistillError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+        err.print(f"[bold red]error:[/bold red] {_plain(str(error))}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted: run the same command again to go on from here.")
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,194 @@
+"""What a person reads at the terminal: the chain, its progress, the report at its end, a plan, what is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from r1distill.pipeline.plan import Plan
+from r1distill.pipeline.run import Run
+from r1distill.pipeline.runner import Done, Step
+
+
+def _table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def show_chain(steps: list[Step], out: Console, as_json: bool) -> None:
+    """What a run would do: each stage, whether it is there, and where it is or will be."""
+    rows = [
+        {"stage": step.stage.name, "state": step.state, "path": str(step.path), "summary": step.stage.summary}
+        for step in steps
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    words = {"sealed": "reuse", "partial": "resume", "missing": "build"}
+    table = _table("stage", "would", "artifact")
+    for row in rows:
+        table.add_row(row["stage"], words[row["state"]], row["path"])
+    out.print(table)
+
+
+def show_stage(done: Done, out: Console) -> None:
+    """One line for a stage that is sealed."""
+    manifest = done.artifact.manifest
+    took = f"{manifest['seconds']:.1f} s" if done.built else "there already"
+    gone = "" if not manifest["rejected"] else f", {sum(manifest['rejected'].values())} not"
+    out.print(
+        f"[green]✓[/green] {done.step.stage.name:<12} {manifest['read']} {manifest['unit']} read, "
+        f"{manifest['kept']} kept{gone}  [dim]{took}[/dim]"
+    )
+
+
+def show_end(run: Run, done: list[Done], out: Console, as_json: bool) -> None:
+    """The report: rows and reasons, scores, seconds, where everything lies, what to type next."""
+    manifests = {item.step.stage.name: item.artifact.manifest for item in done}
+    scores = manifests.get("scores", {}).get("metrics", {}).get("scores")
+    if as_json:
+        stages = {
+            item.step.stage.name: {
+                **{key: item.artifact.manifest[key] for key in ("read", "kept", "rejected", "unit", "seconds")},
+                "built": item.built,
+                "path": str(item.artifact.path),
+            }
+            for item in done
+        }
+        print(json.dumps({"student": run.student.name, "teacher": run.teacher.name, "stages": stages, "scores": scores}))
+        return
+    out.print()
+    table = _table("stage", "read", "kept", "unit", "seconds", "rejected, by reason", right=("read", "kept", "seconds"))
+    for item in done:
+        manifest = item.artifact.manifest
+        reasons = ", ".join(f"{count} {why}" for why, count in sorted(manifest["rejected"].items(), key=lambda x: -x[1]))
+        table.add_row(
+            item.step.stage.name,
+            f"{manifest['read']:,}",
+            f"{manifest['kept']:,}",
+            manifest["unit"],
+            f"{manifest['seconds']:.1f}" if item.built else f"({manifest['seconds']:.1f})",
+            reasons,
+        )
+    out.print(table)
+    if not all(item.built for item in done):
+        out.print("[dim]Seconds in brackets were spent in an earlier run.[/dim]")
+    if scores:
+        _show_scores(scores, out)
+    out.print()
+    for item in done:
+        out.print(f"{item.step.stage.name:<12} {item.artifact.path}", markup=False)
+    out.print()
+    for line in _next(run, done):
+        out.print(line, markup=False)
+
+
+def _show_scores(scores: dict[str, Any], out: Console) -> None:
+    for name, bench in scores["benchmarks"].items():
+        out.print()
+        table = _table(
+            "model", "accuracy", "95% interval", "questions", "truncated", "tokens", "size", "runtime",
+            right=("accuracy", "95% interval", "questions", "truncated", "tokens", "size"),
+            title=f"{bench['title']} ({name}): mean of k samples",
+        )  # fmt: skip
+        for model, row in bench["models"].items():
+            table.add_row(
+                model,
+                _percent(row["accuracy"]),
+                f"{_percent(row['low'])} – {_percent(row['high'])}",
+                f"{row['questions']} × {row['k']}",
+                _percent(row["truncated"]),
+                f"{row['mean_tokens']:.0f}",
+                _bytes(row["size_bytes"]),
+                row["runtime"],
+            )
+        out.print(table)
+    out.print()
+    for gate in scores["gates"]:
+        mark = "[green]passed[/green]" if gate["passed"] else "[red]FAILED[/red]"
+        out.print(f"gate {mark}  {gate['model']:<12} {gate['message']}")
+
+
+def _next(run: Run, done: list[Done]) -> list[str]:
+    """What to type next, from where this run ended."""
+    last = done[-1]
+    lines = ["Next:"]
+    if last.step.stage.name == "publication":
+        lines += [
+            f"  read the model card          {last.artifact.path}/model/README.md",
+            f"  list what would be uploaded  r1distill publish {last.artifact.path}",
+            f"  upload it (private)          HF_TOKEN=… r1distill publish --student {run.student.name} --to hub {last.artifact.path}",
+        ]
+    else:
+        lines.append(f"  go on                        make distill STUDENT={run.student.name}")
+    traces = next((item.artifact.path for item in done if item.step.stage.name == "traces"), None)
+    if traces:
+        lines.append(f"  look at the traces           r1distill inspect {traces}   (or data/notebooks/traces.ipynb)")
+    lines.append("  size up a real student       make plan STUDENT=qwen-14b HARDWARE=8xh200")
+    return lines
+
+
+def show_status(home: Path, found: list[tuple[str, str, dict[str, Any] | None]], out: Console, as_json: bool) -> None:
+    """Every artifact under the home folder."""
+    if as_json:
+        rows = [
+            {"stage": stage, "name": name, "state": _state(manifest), "read": (manifest or {}).get("read"),
+             "kept": (manifest or {}).get("kept")}
+            for stage, name, manifest in found
+        ]  # fmt: skip
+        print(json.dumps({"home": str(home), "artifacts": rows}))
+        return
+    if not found:
+        out.print(f"nothing under {home} yet. Start with: make distill", markup=False)
+        return
+    table = _table("stage", "artifact", "state", "read", "kept", "made", right=("read", "kept"))
+    for stage, name, manifest in found:
+        whole = manifest or {}
+        table.add_row(
+            stage, name, _state(manifest), str(whole.get("read", "–")), str(whole.get("kept", "–")),
+            str(whole.get("created_at", "–")),
+        )  # fmt: skip
+    out.print(f"under {home}", markup=False)
+    out.print(table)
+
+
+def _state(manifest: dict[str, Any] | None) -> str:
+    return "half-built" if manifest is None else manifest.get("state", "sealed")
+
+
+def show_totals(totals: dict[str, Any], file: Path, out: Console, as_json: bool) -> None:
+    """Totals of a ``verify`` run."""
+    if as_json:
+        print(json.dumps({**totals, "file": str(file)}))
+        return
+    table = _table("check", "pass", "fail", "unverifiable", right=("pass", "fail", "unverifiable"))
+    for check, counts in totals["checks"].items():
+        table.add_row(check, *(f"{counts.get(key, 0):,}" for key in ("pass", "fail", "unverifiable")))
+    out.print(table)
+    for reason, count in sorted(totals["reasons"].items(), key=lambda item: -item[1]):
+        out.print(f"{count:>8,}  {reason}", markup=False)
+    out.print(f"{totals['rows']:,} rows → {file}", markup=False)
+
+
+def show_plan(plan: Plan, out: Console, as_json: bool) -> None:
+    """A plan as text or JSON."""
+    if as_json:
+        print(json.dumps(plan.as_dict()))
+    else:
+        out.print(plan.text(), markup=False)

@@ -1,0 +1,152 @@
+"""What a run was asked to do: the settings of its student, teacher, prompts and hardware, and where it keeps things."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from r1distill.data import models
+from r1distill.data.benchmarks import Benchmark
+from r1distill.data.config import load, nearest, parse_overrides
+from r1distill.data.errors import RequestError
+from r1distill.data import sources
+from r1distill.data.prompts import PromptSet
+from r1distill.pipeline.hardware import Hardware, detect
+from r1distill.students.catalogue import Student
+from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher, load_teacher
+
+SECTIONS = ("student", "teacher", "prompts", "hardware")
+
+
+def home_folder() -> Path:
+    """Where artifacts, the ledger and logs live: $R1DISTILL_HOME, or ``runs`` in the working folder."""
+    return Path(os.environ.get("R1DISTILL_HOME") or "runs").resolve()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One request, fully loaded and validated; nothing in it is started or downloaded."""
+
+    student: Student
+    teacher: Teacher
+    prompts: PromptSet
+    hardware: Hardware
+    benchmarks: list[Benchmark]  # what the student is scored on
+    held_out: list[Benchmark]  # what the prompts are kept apart from
+    home: Path = field(default_factory=home_folder)
+
+    @classmethod
+    def load(
+        cls,
+        student: str,
+        teacher: str | None = None,
+        prompts: str | None = None,
+        hardware: str | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Run:
+        """Read the configurations that the names stand for; raises RequestError for a wrong name, key or value."""
+        values = parse_overrides(overrides, SECTIONS)
+        the_student = load("students", student, Student, values["student"])
+        the_teacher = load_teacher(teacher or the_student.teacher, values["teacher"])
+        the_prompts = load("prompts", prompts or the_teacher.prompts, PromptSet, values["prompts"])
+        if hardware in (None, "local"):
+            the_hardware = detect()
+            if values["hardware"]:
+                the_hardware = _with(the_hardware, values["hardware"])
+        else:
+            the_hardware = load("hardware", str(hardware), Hardware, values["hardware"])
+        held_out = list(the_prompts.decontaminate.against)
+        if missing := [name for name in the_student.benchmarks if name not in held_out]:
+            raise RequestError(
+                f"student '{the_student.name}' is scored on {', '.join(missing)}, but the prompts '{the_prompts.name}' are "
+                f"not kept apart from it. Add it to 'decontaminate.against' in configs/prompts/{the_prompts.name}.yaml."
+            )
+        return cls(
+            student=the_student,
+            teacher=the_teacher,
+            prompts=the_prompts,
+            hardware=the_hardware,
+            benchmarks=[load("benchmarks", name, Benchmark) for name in the_student.benchmarks],
+            held_out=[load("benchmarks", name, Benchmark) for name in held_out],
+        )
+
+    @cached_property
+    def base_revision(self) -> str:
+        """The commit (package version, content hash) of the student's base model."""
+        return models.revision(self.student.base)
+
+    @cached_property
+    def teacher_revision(self) -> str:
+        """The commit of the teacher's weights, or of the recorded traces; what an endpoint's file says of itself."""
+        if isinstance(self.teacher, VllmTeacher):
+            return models.revision(self.teacher.model)
+        if isinstance(self.teacher, RecordedTeacher):
+            return sources.revision(self.teacher.source)
+        return self.teacher.model
+
+    # What decides each stage's content, beside what it reads.
+
+    def identity_of_prompts(self) -> dict[str, Any]:
+        """Sources and what they are kept apart from, each with its revision."""
+        return {
+            "sources": [[source.identity(), sources.revision(source)] for source in self.prompts.sources],
+            "decontaminate": self.prompts.decontaminate.identity(),
+            "against": [[bench.source.identity(), sources.revision(bench.source)] for bench in self.held_out],
+        }
+
+    def identity_of_teacher(self) -> dict[str, Any]:
+        return {
+            "teacher": self.teacher.identity(),
+            "revision": self.teacher_revision,
+            "instruction": self.prompts.instruction,
+        }
+
+    def identity_of_student(self, *parts: str) -> dict[str, Any]:
+        """The named parts of the student's settings and its base model's revision."""
+        whole = self.student.identity()
+        return {"base": whole["base"], "revision": self.base_revision, **{part: whole[part] for part in parts}}
+
+    def identity_of_variants(self) -> dict[str, Any]:
+        """How variants are made; their gates belong to the scores."""
+        made = {
+            name: {key: value for key, value in settings.items() if key != "gate"}
+            for name, settings in self.student.identity()["variants"].items()
+        }
+        return {"variants": made}
+
+    def identity_of_scores(self) -> dict[str, Any]:
+        whole = self.student.identity()
+        return {
+            "benchmarks": [[bench.identity(), sources.revision(bench.source)] for bench in self.benchmarks],
+            "verdicts": self.prompts.verdicts.identity(),
+            "gate": whole["gate"],
+            "variant_gates": {name: settings.get("gate") for name, settings in whole["variants"].items()},
+            "base": [whole["base"], self.base_revision],
+            "teacher": [self.teacher.identity(), self.teacher_revision] if self.scores_teacher else None,
+        }
+
+    @property
+    def scores_teacher(self) -> bool:
+        """A recorded teacher can't be asked; any other is scored where the student's file says so."""
+        return self.student.score_teacher and not isinstance(self.teacher, RecordedTeacher)
+
+    def lineage(self) -> dict[str, Any]:
+        """Names and revisions for the cards."""
+        return {
+            "student": self.student.name,
+            "base": models.title(self.student.base),
+            "base_revision": self.base_revision,
+            "teacher": self.teacher.name,
+            "teacher_revision": self.teacher_revision,
+            "prompts": self.prompts.name,
+        }
+
+
+def _with(hardware: Hardware, changes: dict[str, Any]) -> Hardware:
+    if unknown := [key for key in changes if key not in Hardware.model_fields]:
+        raise RequestError(f"--set hardware.{unknown[0]}: unknown key.{nearest(unknown[0], list(Hardware.model_fields))}")
+    return Hardware.model_validate({**hardware.model_dump(), **changes})

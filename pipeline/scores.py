@@ -1,0 +1,268 @@
+"""Scores: every model served in the runtime its users have, sampled alike, judged by the same verifiers.
+
+Accuracy is the mean over k samples a question, with a bootstrap 95% interval over questions. A truncated, refused or
+unreadable answer is wrong, and counted as what it is. The ledger keeps every answer, so a killed evaluation asks
+nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from r1distill.data import models, verdicts
+from r1distill.data.benchmarks import Benchmark, questions
+from r1distill.data.prompts import user_message
+from r1distill.data.result import Result
+from r1distill.pipeline.run import Run
+from r1distill.teacher.ledger import Ledger
+from r1distill.teacher.sample import Request, sample
+from r1distill.teacher.serve import Endpoint, LlamaSpec, VllmSpec, serving, spec_of
+from r1distill.teacher.settings import Client, Sampling
+
+BOOTSTRAPS = 2000
+PLAIN_TEMPLATE = "{{ messages[-1]['content'] }}\n"  # for base models that have no chat template
+
+ANSWER = pa.schema(
+    [
+        ("model", pa.string()),
+        ("benchmark", pa.string()),
+        ("prompt_id", pa.string()),
+        ("sample", pa.int64()),
+        ("completion", pa.string()),
+        ("correct", pa.bool_()),
+        ("reason", pa.string()),
+        ("completion_tokens", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to be scored: how to serve it, which revision it is, and how many questions it gets (None: all)."""
+
+    name: str
+    spec: VllmSpec | LlamaSpec | None  # None: an endpoint that somebody else serves
+    revision: str
+    size_bytes: int | None
+    opens_thinking: bool
+    limit: int | None = None
+
+    @property
+    def runtime(self) -> str:
+        return "llama.cpp" if isinstance(self.spec, LlamaSpec) else "vllm" if self.spec else "endpoint"
+
+
+def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
+    """Serve and judge base, teacher, student and every variant; write scores.json and answers.parquet.
+
+    Counts are of answers: read = asked for, kept = correct, the others by what was wrong with them.
+    """
+    parts = out / ".work"
+    answers: list[dict[str, Any]] = []
+    benchmarks: dict[str, Any] = {bench.name: {"title": bench.title, "models": {}} for bench in run.benchmarks}
+    for contender in contenders(run, checkpoint, variants):
+        part = parts / f"{contender.name}.json"
+        if not part.is_file():
+            judged = _judged(run, contender)
+            part.with_suffix(".new").write_text(json.dumps(judged))
+            part.with_suffix(".new").rename(part)
+        for name, (rows, seconds) in json.loads(part.read_text()).items():
+            answers += rows
+            benchmarks[name]["models"][contender.name] = {
+                **summary(rows),
+                "size_bytes": contender.size_bytes,
+                "runtime": contender.runtime,
+                "seconds": seconds,
+            }
+    gates = _gates(run, answers)
+    scores = {"benchmarks": benchmarks, "gates": gates}
+    (out / "scores.json").write_text(json.dumps(scores, indent=1))
+    pq.write_table(pa.Table.from_pylist(answers, schema=ANSWER), out / "answers.parquet", compression="zstd")
+    wrong = Counter(row["reason"] for row in answers if not row["correct"])
+    correct = len(answers) - wrong.total()
+    failed = [gate["model"] for gate in gates if not gate["passed"]]
+    return Result(len(answers), correct, dict(wrong), {"scores": scores}, failed, unit="answers")
+
+
+def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender]:
+    """Base, teacher, student, then the variants, in the order of the report."""
+    student = run.student
+    base = models.materialise(student.base, run.home)
+    yield Contender(
+        "base", _vllm(run, base, "base"), f"{models.title(student.base)}@{run.base_revision}", _size(base), False
+    )
+    if run.scores_teacher:
+        spec = spec_of(run.teacher, run.home)
+        path = Path(spec.model) if spec and Path(spec.model).is_dir() else None
+        opens = getattr(run.teacher, "opens_thinking", False)
+        yield Contender("teacher", spec, run.teacher_revision, _size(path) if path else None, opens)
+    mark = checkpoint.name
+    yield Contender("student", _vllm(run, checkpoint, student.name), mark, _size(checkpoint), True)
+    for name, settings in student.variants.items():
+        folder, few = variants / name, student.variant_questions
+        if settings.kind == "gguf":
+            file = next(folder.glob("*.gguf"))
+            llama = LlamaSpec(gguf=file, served_name=name, context_tokens=_context(run), slots=4)
+            yield Contender(name, llama, f"{mark}/{name}", file.stat().st_size, True, few)
+        else:
+            yield Contender(name, _vllm(run, folder, name), f"{mark}/{name}", _size(folder), True, few)
+
+
+def _judged(run: Run, contender: Contender) -> dict[str, tuple[list[dict[str, Any]], float]]:
+    """Rows of ANSWER and the seconds it took, for each benchmark, from one server."""
+    judged = {}
+    with serving(contender.spec or run.teacher, run.home / "logs") as endpoint:
+        for bench in run.benchmarks:
+            began = time.monotonic()
+            rows = _answers(run, contender, endpoint, bench)
+            judged[bench.name] = (rows, round(time.monotonic() - began, 2))
+    return judged
+
+
+def _answers(run: Run, contender: Contender, endpoint: Endpoint, bench: Benchmark) -> list[dict[str, Any]]:
+    asked = {row["prompt_id"]: row for row in questions(bench)[: contender.limit]}
+    requests = [
+        Request(key, number, [{"role": "user", "content": user_message(row, bench.instruction)}])
+        for key, row in asked.items()
+        for number in range(bench.k)
+    ]
+    sampling = Sampling(
+        temperature=bench.temperature, top_p=bench.top_p, max_tokens=bench.max_tokens, samples=bench.k, seed=bench.seed
+    )
+    with Ledger(run.home / "ledger") as ledger:
+        rows = sample(
+            endpoint,
+            requests,
+            sampling,
+            ledger,
+            Client(),
+            identity={"purpose": "scores", "model": contender.name, "revision": contender.revision},
+            opens_thinking=contender.opens_thinking,
+            title=f"{contender.name} on {bench.name}",
+        )
+        traces = list(rows)
+    items = [verdicts.item(asked[trace["prompt_id"]], trace) for trace in traces]
+    return [
+        {
+            "model": contender.name,
+            "benchmark": bench.name,
+            "prompt_id": judged.item.prompt_id,
+            "sample": judged.item.sample,
+            "completion": judged.item.completion,
+            **_correct(judged),
+            "completion_tokens": trace["completion_tokens"] or 0,
+        }
+        for judged, trace in zip(verdicts.judge(run.prompts.verdicts, items), traces, strict=True)
+    ]
+
+
+def _correct(judged: verdicts.Judged) -> dict[str, Any]:
+    """An answer counts when it ended by itself and its final answer is right, whatever its form."""
+    if judged.item.state != "done":
+        return {"correct": False, "reason": judged.item.state}
+    verdict = next(row for row in judged.verdicts if row["check"] == "correctness")
+    right = verdict["outcome"] == "pass"
+    return {"correct": right, "reason": None if right else f"correctness: {verdict['reason']}"}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy with its bootstrap 95% interval over questions, truncation rate and mean tokens of ANSWER rows."""
+    means = _question_means(rows)
+    low, high = interval(list(means.values()))
+    return {
+        "accuracy": sum(means.values()) / len(means),
+        "low": low,
+        "high": high,
+        "questions": len(means),
+        "k": len(rows) // len(means),
+        "truncated": sum(row["reason"] == "truncated" for row in rows) / len(rows),
+        "mean_tokens": sum(row["completion_tokens"] for row in rows) / len(rows),
+    }
+
+
+def _question_means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    by_question: dict[str, list[bool]] = {}
+    for row in rows:
+        by_question.setdefault(row["prompt_id"], []).append(row["correct"])
+    return {key: sum(values) / len(values) for key, values in by_question.items()}
+
+
+def interval(means: list[float], seed: int = 0) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentile of the mean when questions are drawn with replacement."""
+    import numpy as np
+
+    values = np.asarray(means)
+    draws = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAPS, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The checkpoint against base and teacher, each variant against the checkpoint on the same questions."""
+    gates = []
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for row in answers:
+        by_model.setdefault(row["model"], []).append(row)
+
+    def gate(model: str, what: str, found: float, least: float, at_least: bool = True) -> None:
+        passed = found >= least if at_least else found <= least
+        sign = ">=" if at_least else "<="
+        message = f"{what}: {found:.1%}, the gate wants {sign} {least:.1%}"
+        gates.append({"name": what, "model": model, "passed": passed, "message": message})
+
+    student = by_model["student"]
+    accuracy = {name: summary(rows)["accuracy"] for name, rows in by_model.items()}
+    wanted = run.student.gate
+    if wanted.min_gain is not None:
+        gate("checkpoint", "gain over base", accuracy["student"] - accuracy["base"], wanted.min_gain)
+    if wanted.min_share_of_teacher is not None and accuracy.get("teacher"):
+        gate("checkpoint", "share of teacher", accuracy["student"] / accuracy["teacher"], wanted.min_share_of_teacher)
+    for name, settings in run.student.variants.items():
+        keys = {(row["benchmark"], row["prompt_id"]) for row in by_model[name]}
+        same = summary([row for row in student if (row["benchmark"], row["prompt_id"]) in keys])
+        found = summary(by_model[name])
+        recovered = found["accuracy"] / same["accuracy"] if same["accuracy"] else 1.0
+        gate(name, "recovered accuracy", recovered, settings.gate.min_recovered)
+        rise = found["truncated"] - same["truncated"]
+        gate(name, "rise in truncation", rise, settings.gate.max_truncation_rise, at_least=False)
+    return gates
+
+
+def _vllm(run: Run, folder: Path, name: str) -> VllmSpec:
+    """Serve a local folder with this machine's GPUs, or on the CPU."""
+    from r1distill.teacher import serve
+
+    options: dict[str, Any] = {"max-model-len": _context(run), **run.student.serve_options}
+    if run.hardware.gpus_per_node == 0:
+        options = {**serve.CPU_OPTIONS, **options}
+    if not _has_template(folder):
+        template = run.home / "plain_template.jinja"
+        template.write_text(PLAIN_TEMPLATE)
+        options["chat-template"] = str(template)
+    return VllmSpec(model=str(folder), served_name=name, options=options, environment={})
+
+
+def _context(run: Run) -> int:
+    """Room for the longest answer and 2,048 tokens of question (256 where answers are short)."""
+    longest = max(bench.max_tokens for bench in run.benchmarks)
+    return longest + (2048 if longest > 2048 else 256)
+
+
+def _has_template(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and file.name != "manifest.json")

@@ -1,0 +1,139 @@
+"""The chain, in order, on one page.
+
+A stage is its name (the function's), what it reads, what decides its content, and the function that fills a folder.
+Upstream fingerprints decide too, so `decides` names only what is the stage's own. No stage calls another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1distill.data.result import Result
+from r1distill.pipeline.run import Run
+
+Inputs = Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link of the chain. `version` is raised when the same settings come to mean another content."""
+
+    name: str
+    reads: tuple[str, ...]
+    version: int
+    label: Callable[[Run], str]
+    decides: Callable[[Run], dict[str, Any]]
+    build: Callable[[Run, Inputs, Path], Result]
+
+    @property
+    def summary(self) -> str:
+        return (self.build.__doc__ or "").strip()
+
+
+STAGES: list[Stage] = []
+
+
+def stage(
+    *, reads: tuple[str, ...] = (), version: int = 1, label: Callable[[Run], str], decides: Callable[[Run], dict[str, Any]]
+) -> Callable[[Callable[[Run, Inputs, Path], Result]], Callable[[Run, Inputs, Path], Result]]:
+    """Append the decorated function to the chain."""
+
+    def add(build: Callable[[Run, Inputs, Path], Result]) -> Callable[[Run, Inputs, Path], Result]:
+        STAGES.append(Stage(build.__name__, reads, version, label, decides, build))
+        return build
+
+    return add
+
+
+# The first four don't depend on the student: every student shares them.
+
+
+@stage(label=lambda run: run.prompts.name, decides=lambda run: run.identity_of_prompts())
+def prompts(run: Run, inputs: Inputs, out: Path) -> Result:
+    """Prompts with a stable id, deduplicated and decontaminated."""
+    from r1distill.data import prompts
+
+    return prompts.build(run.prompts, run.held_out, out)
+
+
+@stage(reads=("prompts",), label=lambda run: run.teacher.name, decides=lambda run: run.identity_of_teacher())
+def traces(run: Run, inputs: Inputs, out: Path) -> Result:
+    """One row for every (prompt, sample) asked of the teacher, whatever became of it."""
+    from r1distill.teacher import traces
+
+    return traces.build(run.teacher, inputs["prompts"], out, run.home, run.prompts.instruction)
+
+
+@stage(
+    reads=("prompts", "traces"),
+    label=lambda run: run.teacher.name,
+    decides=lambda run: {"verdicts": run.prompts.verdicts.identity()},
+)
+def verdicts(run: Run, inputs: Inputs, out: Path) -> Result:
+    """Every check's result and reason for every trace, also for those that fail."""
+    from r1distill.data import verdicts
+
+    return verdicts.build(run.prompts.verdicts, inputs["prompts"], inputs["traces"], out)
+
+
+@stage(
+    reads=("prompts", "traces", "verdicts"),
+    label=lambda run: f"{run.teacher.name}-{run.prompts.name}",
+    decides=lambda run: {"dataset": run.prompts.dataset.identity()},
+)
+def dataset(run: Run, inputs: Inputs, out: Path) -> Result:
+    """The selected traces as messages, with splits and a dataset card."""
+    from r1distill.data import dataset
+
+    title = f"{run.teacher.name} traces of {run.prompts.name}"
+    return dataset.build(run.prompts.dataset, **inputs, out=out, title=title, lineage=run.lineage())
+
+
+# From here on each student has its own.
+
+
+@stage(reads=("dataset",), label=lambda run: run.student.name, decides=lambda run: run.identity_of_student("template", "packs"))
+def packs(run: Run, inputs: Inputs, out: Path) -> Result:
+    """Exact token ids and loss mask in the student's template, packed to its context length."""
+    from r1distill.students import packing
+
+    return packing.build(run.student, inputs["dataset"], out, run.home)
+
+
+@stage(reads=("packs",), label=lambda run: run.student.name, decides=lambda run: run.identity_of_student("sft", "architecture"))
+def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
+    """The fine-tuned student: full, or LoRA merged."""
+    from r1distill.students import sft
+
+    return sft.build(run.student, inputs["packs"], out, run.home)
+
+
+@stage(reads=("dataset", "checkpoint"), label=lambda run: run.student.name, decides=lambda run: run.identity_of_variants())
+def variants(run: Run, inputs: Inputs, out: Path) -> Result:
+    """Quantised forms of the checkpoint, checked statically; nothing is served here."""
+    from r1distill.students import quantise
+
+    return quantise.build(run.student, inputs["checkpoint"], inputs["dataset"], out)
+
+
+@stage(reads=("checkpoint", "variants"), label=lambda run: run.student.name, decides=lambda run: run.identity_of_scores())
+def scores(run: Run, inputs: Inputs, out: Path) -> Result:
+    """Base, teacher, student and each variant served, sampled and judged; the gates' verdicts."""
+    from r1distill.pipeline import scores
+
+    return scores.build(run, inputs["checkpoint"], inputs["variants"], out)
+
+
+@stage(
+    reads=("prompts", "traces", "verdicts", "dataset", "packs", "checkpoint", "variants", "scores"),
+    label=lambda run: run.student.name,
+    decides=lambda run: run.identity_of_student("publication"),
+)
+def publication(run: Run, inputs: Inputs, out: Path) -> Result:
+    """A model repository and a dataset repository, complete with cards."""
+    from r1distill.students import publish
+
+    return publish.build(run.student, dict(inputs), out, lineage=run.lineage())

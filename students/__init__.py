@@ -1,0 +1,1 @@
+"""The students: their template, packs, training, quantised variants and publication."""

@@ -1,0 +1,218 @@
+"""What a student is: base and architecture, and how it is packed, trained, quantised, gated and published."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from r1distill.data.config import Settings, execution
+from r1distill.data.models import ModelRef
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Llama3Scaling(Settings):
+    """Llama 3.1's stretching of the rotary frequencies; the field names are those of transformers."""
+
+    rope_type: Literal["llama3"] = "llama3"
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+class Architecture(Settings):
+    """The student's shape as it is published; ``parameters`` is the published count."""
+
+    model_type: Literal["qwen2", "llama"]
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool  # input and output embedding are one matrix
+    rope_theta: float
+    rope_scaling: Llama3Scaling | None = None
+    max_position: int
+    rms_eps: float
+    parameters: int
+
+    def to_config(self) -> PretrainedConfig:
+        """The transformers configuration of this shape."""
+        from transformers import AutoConfig
+
+        rope = self.rope_scaling.model_dump() if self.rope_scaling else {"rope_type": "default"}
+        return AutoConfig.for_model(
+            self.model_type,
+            num_hidden_layers=self.layers,
+            hidden_size=self.hidden,
+            intermediate_size=self.ffn,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocab,
+            tie_word_embeddings=self.tied,
+            rope_parameters={**rope, "rope_theta": self.rope_theta},
+            max_position_embeddings=self.max_position,
+            rms_norm_eps=self.rms_eps,
+        )
+
+
+class Packs(Settings):
+    """How traces become packs of token ids; a trace that is longer than the context is rejected."""
+
+    context_tokens: int = Field(gt=0)
+    overlong: Literal["drop"] = "drop"
+
+
+class FullMethod(Settings):
+    """Every weight is trained."""
+
+    kind: Literal["full"]
+
+
+class LoraMethod(Settings):
+    """Low-rank updates of all linear layers, and the rows of the renamed tokens in both embeddings."""
+
+    kind: Literal["lora"]
+    rank: int = Field(gt=0)
+    alpha: int = Field(gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    train_renamed_rows: bool = True  # the rows behind <think> were never trained: left alone they are noise
+
+
+Method = Annotated[FullMethod | LoraMethod, Field(discriminator="kind")]
+
+
+class Launch(Settings):
+    """How `accelerate launch` starts the training: its processes and any further option, or a file of its own."""
+
+    processes: int = Field(1, ge=1)
+    config_file: str | None = None
+    options: dict[str, str | int | bool] = Field({})
+
+
+class Sft(Settings):
+    """Supervised fine-tuning: AdamW, linear warm-up, cosine to ``min_lr_ratio`` of the initial rate."""
+
+    method: Method = FullMethod(kind="full")
+    learning_rate: float = Field(gt=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    epochs: float = Field(gt=0)
+    batch_traces: int = Field(gt=0)  # traces a step on average; the packs a step follow from how the packs were filled
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["bf16_autocast", "float32"] = "bf16_autocast"  # master weights are float32 in both
+    seed: int = 0
+    gradient_checkpointing: bool = execution(True)
+    save_steps: int = execution(50, gt=0)
+    launch: Launch = execution(Launch())
+
+
+class VariantGate(Settings):
+    """What a variant must keep of the checkpoint, on the same questions, or it is withheld."""
+
+    min_recovered: float = Field(0.97, ge=0)  # its accuracy / the checkpoint's
+    max_truncation_rise: float = Field(0.02, ge=0)  # its truncation rate - the checkpoint's
+
+
+class _Variant(Settings):
+    gate: VariantGate = VariantGate()
+    tuning_steps: int = Field(200, ge=0)  # AutoRound's steps a block; 0 rounds to nearest (minutes instead of hours)
+    calibration_traces: int = Field(128, gt=0)
+    calibration_tokens: int = Field(2048, gt=0)  # of each trace
+
+
+class GgufVariant(_Variant):
+    """A file for llama.cpp."""
+
+    kind: Literal["gguf"]
+    scheme: Literal["q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0"] = "q4_k_m"
+
+
+class GptqVariant(_Variant):
+    """Weights of ``bits`` bits in groups, symmetric, in GPTQ's file format."""
+
+    kind: Literal["gptq"]
+    bits: Literal[4, 8] = 4
+    group_size: int = 128
+
+
+class AwqVariant(_Variant):
+    """4-bit weights in groups, asymmetric, in AWQ's file format."""
+
+    kind: Literal["awq"]
+    group_size: int = 128
+
+
+class Int8Variant(_Variant):
+    """8-bit weights (a scale a channel) and activations (a scale a token), in compressed-tensors' format."""
+
+    kind: Literal["int8"]
+
+
+class Fp8Variant(_Variant):
+    """8-bit floating-point weights and activations, in compressed-tensors' format; needs a GPU to serve."""
+
+    kind: Literal["fp8"]
+    scheme: Literal["static", "block"] = "block"
+
+
+Variant = Annotated[
+    GgufVariant | GptqVariant | AwqVariant | Int8Variant | Fp8Variant,
+    Field(discriminator="kind"),
+]
+
+
+class Gate(Settings):
+    """What the checkpoint must reach, or nothing is published; null asks for nothing."""
+
+    min_gain: float | None = None  # accuracy over its base
+    min_share_of_teacher: float | None = None
+
+
+class Publication(Settings):
+    """Where it goes and under which terms. A repository without an owner goes to the uploading account."""
+
+    repository: str
+    dataset_repository: str
+    license: str  # an identifier of the Hub
+    base_license: str
+    notice: str | None = None  # what the base's licence asks to be shown
+
+
+class Student(Settings):
+    """One student; ``configs/students/<name>.yaml``."""
+
+    name: str = execution()
+    base: ModelRef
+    template: Literal["r1", "chatml"]
+    architecture: Architecture
+    packs: Packs
+    sft: Sft
+    variants: dict[str, Variant] = Field({})
+    gate: Gate = Gate()
+    benchmarks: list[str] = Field(min_length=1)
+    publication: Publication
+    teacher: str = execution()
+    score_teacher: bool = True
+    variant_questions: int | None = None  # how many questions a variant gets; null: all of them
+    serve_options: dict[str, Any] = execution({})
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Student:
+        shape = self.architecture
+        if self.packs.context_tokens > shape.max_position:
+            raise ValueError(f"packs.context_tokens is over the architecture's max_position ({shape.max_position})")
+        for name, variant in self.variants.items():
+            group = getattr(variant, "group_size", 1)
+            if shape.hidden % group or shape.ffn % group:
+                raise ValueError(f"variants.{name}.group_size {group} must divide {shape.hidden} and {shape.ffn}")
+            if not name.replace("-", "").replace("_", "").isalnum() or name in ("base", "teacher", "student"):
+                raise ValueError(
+                    f"variants.{name}: a variant's name is letters, digits, - and _, and not a model's role"
+                )
+        return self

@@ -1,0 +1,86 @@
+"""Traces that exist already, as rows of the traces table."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from r1distill.data import schema, sources
+from r1distill.data.prompts import prompt_id
+from r1distill.data.result import Result
+from r1distill.data.thinking import CLOSE, OPEN, split_thinking
+from r1distill.teacher.reply import STATES
+from r1distill.teacher.settings import RecordedTeacher
+
+
+def build(teacher: RecordedTeacher, prompts: Path, out: Path) -> Result:
+    """Write the TRACE table: the recorded rows whose question is among the prompts, several answers to one numbered.
+
+    Counts are of recorded rows: kept are those that ended by themselves.
+    """
+    wanted = set(schema.read(prompts, schema.PROMPT)["prompt_id"].to_pylist())
+    revision = teacher.revision or sources.revision(teacher.source)
+    answers: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
+    kept = 0
+    with schema.writing(out, schema.TRACE) as table:
+        for record in sources.records(teacher.source):
+            question = record if isinstance(record, str) else record.get("prompt", record.get("question"))
+            if isinstance(record, str) or not isinstance(question, str):
+                rejected[record if isinstance(record, str) else "no question"] += 1
+                continue
+            key = prompt_id(question)
+            if key not in wanted:
+                rejected["its question is not among the prompts"] += 1
+                continue
+            row = _row(teacher, revision, key, answers[key], question, record)
+            answers[key] += 1
+            kept += row["state"] == "done"
+            rejected[row["state"]] += row["state"] != "done"
+            table.append(row)
+    metrics = {"prompts_without_a_trace": len(wanted) - len(answers), "completion_tokens": None}
+    return Result(kept + rejected.total(), kept, dict(+rejected), metrics)
+
+
+def _row(
+    teacher: RecordedTeacher, revision: str, key: str, sample: int, question: str, record: dict[str, Any]
+) -> dict[str, Any]:
+    completion, reasoning, response = _parts(record, teacher.opens_thinking)
+    finish_reason = record.get("finish_reason")
+    state = STATES.get(finish_reason or "stop", "failed") if completion else "failed"
+    counts = {name: record.get(name) for name in ("prompt_tokens", "reasoning_tokens", "completion_tokens")}
+    return {
+        "prompt_id": key,
+        "sample": sample,
+        "teacher": teacher.model,
+        "teacher_revision": revision,
+        "sampling": json.dumps({}),
+        "request_text": json.dumps([{"role": "user", "content": question}], ensure_ascii=False),
+        "completion": completion or None,
+        "reasoning": reasoning,
+        "response": response,
+        "finish_reason": finish_reason,
+        "state": state,
+        "error": None if state != "failed" else "an empty completion" if not completion else f"ended: {finish_reason}",
+        **{name: count if isinstance(count, int) else None for name, count in counts.items()},
+        "seconds": None,
+        "cost_usd": None,
+        "created_at": None,
+    }
+
+
+def _parts(record: dict[str, Any], opens_thinking: bool) -> tuple[str, str | None, str]:
+    """Completion, reasoning and response: recorded in one piece, or apart."""
+
+    def text(name: str) -> str:
+        value = record.get(name)
+        return value if isinstance(value, str) else ""
+
+    if completion := text("completion"):
+        return completion, *split_thinking(completion, opened=opens_thinking)
+    reasoning, response = text("reasoning"), text("response")
+    if reasoning:
+        return f"{OPEN}{reasoning}{CLOSE}{response}", reasoning.strip(), response.strip()
+    return response, *split_thinking(response, opened=opens_thinking)

@@ -1,0 +1,164 @@
+"""What a server sent back: a chat completion's body as the parts of a trace, and an HTTP answer as what to do next."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from r1distill.data.thinking import CLOSE, OPEN, split_thinking
+
+if TYPE_CHECKING:
+    import httpx
+
+STATES = {"stop": "done", "length": "truncated", "content_filter": "refused"}
+EXCERPT = 300  # characters of an answer that end up in an error
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer. ``completion`` is all that the model wrote, its thinking in tags where the server took it apart."""
+
+    model: str | None
+    completion: str
+    reasoning: str | None
+    response: str
+    finish_reason: str
+    state: str  # done, truncated, refused
+    prompt_tokens: int | None
+    reasoning_tokens: int | None
+    completion_tokens: int | None
+
+    @classmethod
+    def read(cls, body: bytes, opens_thinking: bool = False) -> Reply:
+        """Read a chat completion; raises ValueError with the reason where it isn't a whole one.
+
+        Servers give the thinking inside ``content`` (its opening tag may be part of the prompt: ``opens_thinking``), as
+        ``reasoning_content`` (DeepSeek) or as ``reasoning`` (vLLM).
+        """
+        data = _parse(body)
+        try:
+            choice = data["choices"][0]
+            message, finish_reason = choice["message"], choice["finish_reason"]
+            content = _text(message.get("content"))
+            thought = _text(message.get("reasoning_content") or message.get("reasoning"))
+            refusal = _text(message.get("refusal"))
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a chat completion ({error!r}): {_excerpt(body)}") from None
+        if finish_reason not in STATES:
+            raise ValueError(f"it ended with finish_reason {finish_reason!r}")
+        tokens = _tokens(data.get("usage"))
+        if not (content or thought or refusal or tokens["completion_tokens"] or finish_reason == "content_filter"):
+            raise ValueError("an empty answer")
+        if thought:
+            completion = f"{OPEN}{thought}{CLOSE if content or finish_reason == 'stop' else ''}{content}"
+            reasoning, response = thought.strip(), content.strip()
+        else:
+            completion = content or refusal
+            reasoning, response = split_thinking(completion, opened=opens_thinking)
+        return cls(
+            model=_text(data.get("model")) or None,
+            completion=completion,
+            reasoning=reasoning,
+            response=response,
+            finish_reason=finish_reason,
+            state="refused" if refusal else STATES[finish_reason],
+            **tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an HTTP answer means.
+
+    settled   it is kept (``reply`` is None where the request itself was refused)
+    retry     the same again, after a back-off
+    limited   the same again, after ``wait_seconds`` where the server says so; all others wait too
+    hopeless  the same again would get the same: this request failed
+    stop      every other request would get the same: an account, a key or a model's name is wrong
+    """
+
+    kind: Literal["settled", "retry", "limited", "hopeless", "stop"]
+    error: str | None = None
+    reply: Reply | None = None
+    wait_seconds: float | None = None
+
+
+def outcome(response: httpx.Response, opens_thinking: bool = False) -> Outcome:
+    """Decide what an HTTP answer means; never raises."""
+    status = response.status_code
+    if status == 200:
+        try:
+            return Outcome("settled", reply=Reply.read(response.content, opens_thinking))
+        except ValueError as error:
+            return Outcome("retry", f"an answer that can't be used: {error}")
+    message = f"HTTP {status}: {_message(response.content)}"
+    wait = _retry_after(response.headers.get("retry-after"))
+    if status == 429 or (status == 503 and wait is not None):
+        return Outcome("limited", message, wait_seconds=wait)
+    if status in (401, 402, 403, 404):
+        return Outcome("stop", message)
+    if status in (400, 451) and ("content_filter" in message or "Content Exists Risk" in message):
+        return Outcome("settled", message)
+    return Outcome("retry" if status in (408, 409, 425) or status >= 500 else "hopeless", message)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError(f"not JSON: {_excerpt(body)}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"not a chat completion: {_excerpt(body)}")
+    return data
+
+
+def _text(value: Any) -> str:
+    """A field's text; half a character, which a cut JSON escape leaves, becomes a replacement character."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} where text belongs")
+    return (value or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _tokens(usage: Any) -> dict[str, int | None]:
+    """The counts that the server gives; those that it doesn't are None."""
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("completion_tokens_details")
+    found = {**usage, **(details if isinstance(details, dict) else {})}
+    names = ("prompt_tokens", "reasoning_tokens", "completion_tokens")
+    return {name: found[name] if isinstance(found.get(name), int) else None for name in names}
+
+
+def _message(body: bytes) -> str:
+    """The words of an error, wherever this server puts them."""
+    try:
+        data = _parse(body)
+    except ValueError:
+        return _excerpt(body)
+    error = data.get("error", data)
+    if isinstance(error, dict):
+        words = [str(error[key]) for key in ("code", "message", "detail") if error.get(key)]
+        return ": ".join(words)[:EXCERPT] or _excerpt(body)
+    return str(error)[:EXCERPT]
+
+
+def _excerpt(body: bytes) -> str:
+    text = " ".join(body[: 4 * EXCERPT].decode("utf-8", "replace").split())
+    return f"{text[:EXCERPT]!r}" if text else "nothing"
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds to wait: the header holds them, or a date."""
+    if not value:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,327 @@
+"""Servers: start one, wait until it answers, watch it, restart it when it crashes, and leave nothing of it behind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import IO, Any
+
+from r1distill.data import models
+from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.teacher.settings import EndpointTeacher, Price, RecordedTeacher, VllmTeacher
+from r1distill.teacher.watch import GRACE_SECONDS
+
+HOST = "127.0.0.1"
+RESTARTS = 3  # of one server, before its crashes are taken for its own fault
+POLL_SECONDS = 0.2
+TAIL_LINES = 25
+
+# Only what a request says decides its answer, not a generation_config.json that some models carry and others don't.
+VLLM_OPTIONS: dict[str, Any] = {"generation-config": "vllm", "disable-log-stats": True, "uvicorn-log-level": "warning"}
+# Compiling for the CPU takes minutes.
+CPU_OPTIONS: dict[str, Any] = {"enforce-eager": True}
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is half of the memory
+}
+VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+@dataclass(frozen=True)
+class VllmSpec:
+    """A model for vLLM: a folder, or a repository with the commit in ``options['revision']``.
+
+    ``options`` are vLLM's flags without their dashes; ``environment`` is put over ours. ``port`` None takes a free one.
+    """
+
+    model: str
+    served_name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    revision: str | None = None
+    port: int | None = None
+    start_seconds: float = 7200  # R1's weights are 689 GB
+
+    def command(self, port: int) -> list[str]:
+        """What starts the server. (The ``vllm serve`` of the CPU's build looks for metadata of another package.)"""
+        options = {**VLLM_OPTIONS, **(CPU_OPTIONS if on_cpu() else {}), **self.options}
+        where = {"model": self.model, "served-model-name": self.served_name, "host": HOST, "port": port}
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags({**where, **options})]
+
+    def variables(self) -> dict[str, str]:
+        """The server's environment: what the user has set goes over our defaults, the specification over both."""
+        return {**VLLM_ENVIRONMENT, **(CPU_ENVIRONMENT if on_cpu() else {}), **os.environ, **self.environment}
+
+
+@dataclass(frozen=True)
+class LlamaSpec:
+    """A GGUF file for llama.cpp. ``context_tokens`` is the room of each of the ``slots`` requests at a time."""
+
+    gguf: Path
+    served_name: str
+    context_tokens: int = 4096
+    slots: int = 4
+    chat_template: str | None = None  # the template itself; None: the file's own
+    revision: str | None = None
+    port: int | None = None
+    start_seconds: float = 600
+
+    def command(self, port: int) -> list[str]:
+        """What starts the server."""
+        settings = {
+            "gguf": str(self.gguf),
+            "port": port,
+            "served_name": self.served_name,
+            "context_tokens": self.context_tokens,
+            "slots": self.slots,
+            "chat_template": self.chat_template,
+        }
+        return [sys.executable, "-m", "r1distill.teacher.llama", json.dumps(settings)]
+
+    def variables(self) -> dict[str, str]:
+        return dict(os.environ)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Who answers, where and at what price. ``recover`` makes sure that a server of ours runs, or raises."""
+
+    base_url: str
+    model: str
+    revision: str | None = None
+    key_variable: str | None = None
+    price: Price | None = None
+    budget_usd: Decimal | None = None
+    recover: Callable[[], None] | None = field(default=None, compare=False)
+
+    def key(self) -> str | None:
+        """The key, from the environment; raises RequestError where the variable is empty."""
+        if self.key_variable is None:
+            return None
+        if not (key := os.environ.get(self.key_variable, "").strip()):
+            raise RequestError(
+                f"{self.base_url} wants a key, and the environment variable {self.key_variable} is not set. "
+                f"Set it: export {self.key_variable}=..."
+            )
+        return key
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """Options as command-line arguments: true and false are switches, lists repeat a value, mappings are JSON."""
+    arguments: list[str] = []
+    for name, value in options.items():
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        else:
+            arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return arguments
+
+
+def on_cpu() -> bool:
+    """Whether the vLLM that is installed is the CPU's build."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version("vllm-cpu"))
+    return False
+
+
+def check(teacher: VllmTeacher | EndpointTeacher | RecordedTeacher) -> None:
+    """Raise RequestError, at once and before anything is started, where this teacher can't be asked from here."""
+    if isinstance(teacher, EndpointTeacher):
+        _endpoint(teacher).key()
+    elif isinstance(teacher, VllmTeacher) and importlib.util.find_spec("vllm") is None:
+        raise RequestError(
+            f"the teacher '{teacher.name}' is served by vLLM, which is not installed. Install it: make setup"
+        )
+
+
+def spec_of(
+    teacher: VllmTeacher | EndpointTeacher | RecordedTeacher, home: Path, port: int | None = None
+) -> VllmSpec | None:
+    """How to serve a teacher: downloads or converts its weights on the first call. None: somebody else serves it."""
+    if isinstance(teacher, RecordedTeacher):
+        raise RequestError(f"the teacher '{teacher.name}' is recorded: there is nothing to serve.")
+    if isinstance(teacher, EndpointTeacher):
+        return None
+    revision, options = models.revision(teacher.model), teacher.options
+    model = str(models.materialise(teacher.model, home))
+    if isinstance(teacher.model, models.HubModel):
+        # By name and commit, so that other nodes find it too; on this one it is in the Hub's cache by now.
+        model, options = teacher.model.repo, {"revision": revision, "tokenizer-revision": revision, **options}
+    return VllmSpec(model, teacher.served_name, options, teacher.environment, revision, port)
+
+
+@contextmanager
+def serving(spec: VllmSpec | LlamaSpec | EndpointTeacher | None, logs: Path) -> Iterator[Endpoint]:
+    """Serve what ``spec`` describes, for as long as the block lasts, with the server's log in ``logs``.
+
+    Somebody else's endpoint is not started, only its key is looked for. Raises RequestError where the port that was
+    asked for is taken or the key is missing, R1DistillError with the log's end where the server dies.
+    """
+    if spec is None:
+        raise RequestError("this teacher is served by somebody else: there is nothing to start.")
+    if isinstance(spec, EndpointTeacher):
+        endpoint = _endpoint(spec)
+        endpoint.key()
+        yield endpoint
+        return
+    server = Server(spec, logs)
+    try:
+        server.start()
+        yield Endpoint(f"{server.url}/v1", spec.served_name, spec.revision, recover=server.recover)
+    finally:
+        server.stop()
+
+
+def wait_for_interrupt(endpoint: Endpoint | None = None) -> None:
+    """Return on Ctrl-C or SIGTERM; until then see to it that the endpoint's server runs."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while True:
+            if endpoint and endpoint.recover:
+                endpoint.recover()
+            time.sleep(1)
+    except KeyboardInterrupt:
+        return
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Server:
+    """One server's life. It runs under ``teacher.watch``, which ends it and all its children when we are gone."""
+
+    def __init__(self, spec: VllmSpec | LlamaSpec, logs: Path):
+        self.spec, self.restarts = spec, 0
+        self.port = _port(spec.port)
+        self.url = f"http://{HOST}:{self.port}"
+        logs.mkdir(parents=True, exist_ok=True)
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+        self.log = logs / f"{spec.served_name.replace('/', '-')}-{stamp}-{self.port}.log"
+        self._watcher: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers; raises R1DistillError with the end of its log where it dies instead."""
+        self._log = self.log.open("ab")
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-m", "r1distill.teacher.watch", str(os.getpid()), *self.spec.command(self.port)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=self.spec.variables(),
+            start_new_session=True,
+        )
+        self._wait_until_ready()
+
+    def recover(self) -> None:
+        """Restart it where it has died; raises R1DistillError where it keeps dying."""
+        if self._watcher is not None and self._watcher.poll() is None:
+            return
+        if self.restarts >= RESTARTS:
+            raise R1DistillError(
+                f"{self._named()} died {self.restarts + 1} times. Its log, {self.log}, ends:\n{self.tail()}"
+            )
+        self.restarts += 1
+        print(
+            f"{self._named()} died and is started again ({self.restarts} of {RESTARTS}); log: {self.log}",
+            file=sys.stderr,
+        )
+        self.stop()
+        self.start()
+
+    def stop(self) -> None:
+        """End it and its children: politely at first, then with SIGKILL. Does nothing where it isn't running."""
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            watcher.terminate()
+            try:
+                watcher.wait(GRACE_SECONDS + 5)
+            except subprocess.TimeoutExpired:
+                os.killpg(watcher.pid, signal.SIGKILL)
+                watcher.wait()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def tail(self) -> str:
+        """The last lines of the log, without blank ones."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 65536))
+            lines = log.read().decode("utf-8", "replace").splitlines()
+        return "\n".join(line for line in lines if line.strip()).rsplit("\n", TAIL_LINES)[-1] or "(nothing)"
+
+    def _named(self) -> str:
+        return f"the server of {self.spec.served_name}"
+
+    def _wait_until_ready(self) -> None:
+        from tqdm import tqdm
+
+        assert self._watcher is not None
+        deadline = time.monotonic() + self.spec.start_seconds
+        line = "{desc}: {elapsed}"
+        with tqdm(desc=f"starting {self._named()}", bar_format=line, disable=None, delay=2, leave=False) as progress:
+            while not self._answers():
+                if self._watcher.poll() is not None:
+                    raise R1DistillError(
+                        f"{self._named()} died while starting. Its log, {self.log}, ends:\n{self.tail()}"
+                    )
+                if time.monotonic() > deadline:
+                    raise R1DistillError(
+                        f"{self._named()} doesn't answer after {self.spec.start_seconds:,.0f} s. Its log, {self.log}, "
+                        f"ends:\n{self.tail()}"
+                    )
+                time.sleep(POLL_SECONDS)
+                progress.update()
+
+    def _answers(self) -> bool:
+        """Whether it is ready, and it is ours: another server on this port would have other models."""
+        import httpx
+
+        try:
+            with httpx.Client(base_url=self.url, trust_env=False, timeout=5) as http:
+                if http.get("/health").status_code != 200:
+                    return False
+                served = http.get("/v1/models").json()["data"]
+        except (httpx.TransportError, ValueError, KeyError):
+            return False
+        return any(model.get("id") == self.spec.served_name for model in served)
+
+
+def _endpoint(teacher: EndpointTeacher) -> Endpoint:
+    return Endpoint(
+        teacher.base_url,
+        teacher.model,
+        teacher.revision,
+        teacher.key_variable,
+        teacher.price_usd_per_million,
+        teacher.budget_usd,
+    )
+
+
+def _port(wanted: int | None) -> int:
+    """The port that is wanted, or a free one; raises RequestError where it is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, wanted or 0))
+        except OSError as error:
+            raise RequestError(
+                f"port {wanted} can't be used on {HOST}: {error.strerror}. Choose another, or none to take a free one."
+            ) from None
+        return int(probe.getsockname()[1])
