@@ -40,7 +40,7 @@ PACKAGE := $(VENV)/.package-$(KIND)-$(firstword $(shell cksum < pyproject.toml))
 # --no-compile: compiling all of torch's and vLLM's modules takes longer than installing them; Python compiles what is used.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3.12 python3; do \
-	$$python -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
+	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
 
 .PHONY: help setup distill plan status inspect publish embedded-teacher test lint clean
 
@@ -48,6 +48,7 @@ help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
 
 setup: $(PACKAGE)
+	@:
 
 $(LIBRARIES):
 	@$(FIND_PYTHON); [ -n "$$python" ] || { echo "Python 3.11 or 3.12 with venv is needed; set PYTHON to one." >&2; exit 2; }; \

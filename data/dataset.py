@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from r1distill.data import cards, schema
 from r1distill.data.config import Settings
 from r1distill.data.errors import R1DistillError
 from r1distill.data.result import Result
+from r1distill.data.verdicts import CHECKS, VerdictSettings, overall
 
 Key = tuple[str, int]
 SPLITS = ("train", "validation")
@@ -31,17 +33,25 @@ class Selection(Settings):
 
 
 def build(
-    settings: Selection, prompts: Path, traces: Path, verdicts: Path, out: Path, *, title: str, lineage: dict[str, Any]
+    settings: Selection,
+    rules: VerdictSettings,
+    prompts: Path,
+    traces: Path,
+    verdicts: Path,
+    out: Path,
+    *,
+    title: str,
+    lineage: dict[str, Any],
 ) -> Result:
     """Write ``train`` and ``validation`` tables (TRAINING_ROW), their Parquet twins and the card.
 
     Counts are of traces: a trace that its verdicts rejected counts under their first reason, one that passed and was not
     needed under "not selected".
     """
-    outcomes = outcomes_of(verdicts)
     trace_table = schema.read(traces, schema.TRACE)
-    chosen, rejected = _choose(settings, trace_table, outcomes)
     about = {row["prompt_id"]: row for row in schema.rows(schema.read(prompts, schema.PROMPT), _ABOUT)}
+    domains = {key: row["domain"] for key, row in about.items()}
+    chosen, rejected = _choose(settings, rules, trace_table, verdicts, domains)
     facts = cards.Facts(title=title, lineage=lineage)
     kept: Counter[str] = Counter()
     writers = {name: schema.TableWriter(out / name, schema.TRAINING_ROW) for name in SPLITS}
@@ -67,30 +77,29 @@ def build(
 _ABOUT = ["prompt_id", "domain", "source", "license"]
 
 
-def outcomes_of(verdicts: Path) -> dict[Key, str | None]:
-    """For each trace None where it passed, else the first reason that stands against it (check: reason)."""
-    found: dict[Key, tuple[int, str | None]] = {}
-    rank = {"fail": 2, "unverifiable": 1, "pass": 0}
+def outcomes_of(verdicts: Path, required: Sequence[str] = CHECKS) -> dict[Key, tuple[str, str]]:
+    """(outcome, first reason against it) of every trace over its required checks."""
     columns = ["prompt_id", "sample", "check", "outcome", "reason"]
-    for row in schema.rows(schema.read(verdicts, schema.VERDICT), columns):
-        key = (row["prompt_id"], row["sample"])
-        worse = rank[row["outcome"]]
-        if worse > found.get(key, (-1, None))[0]:
-            found[key] = (worse, f"{row['check']}: {row['reason']}" if worse else None)
-    return {key: reason for key, (_, reason) in found.items()}
+    rows = schema.rows(schema.read(verdicts, schema.VERDICT), columns)
+    by_trace = itertools.groupby(rows, key=lambda row: (row["prompt_id"], row["sample"]))
+    return {key: overall(required, checks) for key, checks in by_trace}
 
 
-def _choose(settings: Selection, traces: Any, outcomes: dict[Key, str | None]) -> tuple[set[Key], Counter[str]]:
+def _choose(
+    settings: Selection, rules: VerdictSettings, traces: Any, verdicts: Path, domains: dict[str, str]
+) -> tuple[set[Key], Counter[str]]:
     """The keys of the selected traces, and the reasons of all others."""
+    outcomes = outcomes_of(verdicts, rules.required)
     passing: dict[str, list[tuple[int, int]]] = {}
     rejected: Counter[str] = Counter()
     for row in schema.rows(traces, ["prompt_id", "sample", "completion_tokens"]):
-        reason = outcomes.get((row["prompt_id"], row["sample"]), "no verdict")
-        if reason is not None:
-            rejected[reason] += 1
-        else:
+        outcome, reason = outcomes.get((row["prompt_id"], row["sample"]), ("unverifiable", "no verdict"))
+        unruled = outcome == "unverifiable" and domains.get(row["prompt_id"]) in rules.keep_unverified
+        if outcome == "pass" or unruled:
             length = (row["completion_tokens"] or 0) if settings.policy == "shortest" else 0
             passing.setdefault(row["prompt_id"], []).append((length, row["sample"]))
+        else:
+            rejected[reason] += 1
     chosen: set[Key] = set()
     for key, found in passing.items():
         best = found if settings.policy == "all" else heapq.nsmallest(settings.per_prompt, found)

@@ -35,10 +35,16 @@ class Traces:
             for row in schema.rows(schema.read(found, schema.PROMPT))
         }
         self.verdicts_folder = next(_reading(home / "verdicts", "traces", manifest["fingerprint"]), None)
-        self.outcomes = outcomes_of(self.verdicts_folder) if self.verdicts_folder else {}
+        self.outcomes = self._outcomes()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    def _outcomes(self) -> dict[tuple[str, int], tuple[str, str]]:
+        if self.verdicts_folder is None:
+            return {}
+        manifest = json.loads((self.verdicts_folder / "manifest.json").read_text(encoding="utf-8"))
+        return outcomes_of(self.verdicts_folder, manifest["identity"]["decides"]["verdicts"]["required"])
 
     def states(self) -> dict[str, int]:
         """Traces by state: done, truncated, refused, failed."""
@@ -46,7 +52,7 @@ class Traces:
 
     def reasons(self) -> dict[str, int]:
         """Traces by what their verdicts say: passed, or the first reason against them."""
-        return dict(Counter(reason or "passed" for reason in self.outcomes.values()).most_common())
+        return dict(Counter(reason or "passed" for _, reason in self.outcomes.values()).most_common())
 
     def lengths(self) -> dict[int, int]:
         """Traces by completion tokens: {upper edge of the bucket: traces}."""
@@ -58,8 +64,8 @@ class Traces:
     def pass_rates(self) -> dict[str, float]:
         """The share of passing traces of each question, lowest first: {prompt_id: rate}."""
         by_question: dict[str, list[bool]] = {}
-        for (prompt_id, _), reason in self.outcomes.items():
-            by_question.setdefault(prompt_id, []).append(reason is None)
+        for (prompt_id, _), (outcome, _) in self.outcomes.items():
+            by_question.setdefault(prompt_id, []).append(outcome == "pass")
         rates = {key: sum(passed) / len(passed) for key, passed in by_question.items()}
         return dict(sorted(rates.items(), key=lambda pair: pair[1]))
 

@@ -79,7 +79,7 @@ def _hub_commit(ref: HubModel) -> str:
     if len(ref.revision) == 40 and all(c in "0123456789abcdef" for c in ref.revision):
         return ref.revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         info = HfApi().model_info(ref.repo, revision=ref.revision, timeout=10)
@@ -97,7 +97,7 @@ def _hub_commit(ref: HubModel) -> str:
         raise RequestError(
             f"there is no model {ref.repo} on the Hub, or it is private: check the name, or set HF_TOKEN."
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:  # HTTPError: no connection, too; it is no OSError
         raise RequestError(
             f"the Hub can't be asked for {ref.repo} ({type(error).__name__}). Check the network; or pin the 40-digit "
             "commit as 'revision'; or use a local copy: {kind: folder, path: ...}."

@@ -114,7 +114,7 @@ def _hub_commit(source: HubSource) -> str:
     if len(source.revision) == 40 and all(c in "0123456789abcdef" for c in source.revision):
         return source.revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
     try:
         info = HfApi().dataset_info(source.repo, revision=source.revision, timeout=10)
@@ -128,7 +128,7 @@ def _hub_commit(source: HubSource) -> str:
         ) from None
     except RepositoryNotFoundError:
         raise RequestError(f"there is no dataset {source.repo} on the Hub, or it is private: set HF_TOKEN.") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:  # HTTPError: no connection, too; it is no OSError
         raise RequestError(
             f"the Hub can't be asked for the dataset {source.repo} ({type(error).__name__}). Check the network, or pin the "
             "40-digit commit as 'revision'."
@@ -186,7 +186,7 @@ def _json_rows(path: Path) -> Iterator[Record | str]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 yield "unreadable: not JSON"
                 continue
             yield row if isinstance(row, dict) else "unreadable: not a JSON object"

@@ -54,6 +54,7 @@ def distill(
     """Run the whole chain: prompts, traces, verdicts, dataset, packs, checkpoint, variants, scores, publication."""
     from r1distill.pipeline import plan, report, runner
     from r1distill.pipeline.run import Run
+    from r1distill.teacher import serve
 
     run = Run.load(student, teacher, prompts, hardware, changes or [])
     if dry_run:
@@ -61,7 +62,10 @@ def distill(
         return
     if to not in ("folder", "hub"):
         raise typer.BadParameter(f"--to takes 'folder' or 'hub', found '{to}'.")
-    plan.check(run.student, run.teacher, run.hardware)
+    stages = runner.stage_names(until)
+    if "scores" in stages:
+        run.check_held_out()
+    plan.check(run.student, run.teacher, run.hardware, stages=stages)
     steps = runner.chain(run, until)
     done: list[runner.Done] = []
     failed: list[str] = []
@@ -99,7 +103,7 @@ def plan(
     from r1distill.pipeline.run import Run
 
     run = Run.load(student, teacher, prompts, hardware, changes or [])
-    answer = plan.plan(run.student, run.teacher, run.hardware)
+    answer = plan.plan(run.student, run.teacher, run.hardware, run.prompts, run.benchmarks)
     report.show_plan(answer, out, as_json)
     raise typer.Exit(0 if answer.fits else 2)
 
@@ -123,16 +127,17 @@ def serve(
     """Serve a teacher with vLLM until Ctrl-C."""
     from r1distill.data.config import parse_overrides
     from r1distill.pipeline import plan
+    from r1distill.pipeline.hardware import named
     from r1distill.pipeline.run import SECTIONS, home_folder
     from r1distill.teacher import serve
     from r1distill.teacher.settings import load_teacher
 
     settings = load_teacher(teacher, parse_overrides(changes or [], SECTIONS)["teacher"])
-    plan.check_teacher(settings, plan.hardware_named(hardware))
+    plan.check_teacher(settings, named(hardware))
     home = home_folder()
     with serve.serving(serve.spec_of(settings, home, port=port), home / "logs") as endpoint:
         out.print(f"{endpoint.model} answers at {endpoint.base_url} (Ctrl-C ends it)")
-        serve.wait_for_interrupt()
+        serve.wait_for_interrupt(endpoint)
 
 
 @app.command()
@@ -214,6 +219,8 @@ def _newest(folder: Path) -> Path:
 
 def main() -> None:
     """Entry point: one clear message for what is wrong, and the exit code that says which kind."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # our libraries' bars too; a log file has no use for them
     logging.basicConfig(level=os.environ.get("R1DISTILL_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
     try:
         app()
@@ -231,3 +238,7 @@ def _plain(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Memory and speed of serving, training and quantising, as formulas with their sources.
 
-Memory is a mapping from a part's name to GiB on one device: one GPU, or the whole machine where it has none. Anchors that
-the tests hold these formulas to: DeepSeek's and vLLM's serving rates, torchtitan's and NeMo's training runs.
+Memory is a mapping from a part's name to GiB on one device: one GPU, or the whole machine where it has none. The tests
+hold these formulas to DeepSeek's and vLLM's serving rates and to torchtitan's and NeMo's training runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Memory = dict[str, float]
 
 # Share of a GPU's peak that full training reaches at its best, without counting recomputation: torchtitan's 8B at 32k
 # reaches 29% of bf16 peak, NeMo's 70B at 8k 40%, the Llama 3 report 38-43% (arXiv 2407.21783, table 4).
-TRAINING_UTILISATION = 0.35
+TRAINING_UTILISATION = 0.36
 # Share of the memory bandwidth that decoding reaches; 0.6 reproduces DeepSeek's node (14,800 tokens/s) and vLLM's wide
 # expert parallelism (2,200 tokens/s on one H200) from the roofline below.
 DECODING_UTILISATION = 0.6
@@ -73,7 +73,7 @@ def kv_bytes_per_token(model: Footprint, layout: ServingLayout) -> float:
 def serving_rate(
     model: Footprint, layout: ServingLayout, hardware: Hardware, memory: Memory, budget_gib: float, mean_tokens: float
 ) -> float | None:
-    """Tokens a second of a whole deployment kept full: a decoding step reads the weights and every sequence's cache once
+    """Tokens a second of a deployment kept full: a decoding step reads the weights and every sequence's cache once
     (roofline of memory bandwidth; "LLM Inference Unveiled", arXiv 2402.16363) and multiplies 2 x active parameters.
 
     ``budget_gib`` is what vLLM may use of one GPU. None where the GPU's bandwidth is not known.
@@ -113,10 +113,10 @@ class TrainingJob:
 def training(job: TrainingJob) -> Memory:
     """GiB on one GPU of training in bf16 with float32 master weights and AdamW.
 
-    Full: 16 bytes a parameter (master weight, gradient and two moments in float32: arXiv 1910.02054, section 3.1), spread
-    over the shards by ZeRO-3 or FSDP. LoRA: frozen bf16 weights; the adapter's own states are below 1% of them.
-    Activations: with checkpointing, each layer's input is kept (tokens x hidden x 2 bytes x layers; arXiv 1604.06174) and
-    one layer is recomputed at a time, beside gradients of half its size; without, every layer keeps its own.
+    Full: 16 bytes a parameter (master weight, gradient and two moments in float32; arXiv 1910.02054, section 3.1),
+    spread over the shards by ZeRO-3 or FSDP. LoRA: frozen bf16 weights; the adapter's own states are below 1% of them.
+    Activations: with checkpointing, each layer's input is kept (tokens x hidden x 2 bytes x layers; arXiv 1604.06174)
+    and one layer is recomputed at a time, beside gradients of half its size; without, every layer keeps its own.
     """
     a, share = job.architecture, 1 / job.shards / GIB
     per_layer = _layer_bytes_per_token(a) * job.tokens / GIB
@@ -136,7 +136,7 @@ def training(job: TrainingJob) -> Memory:
 
 def _layer_bytes_per_token(a: Architecture) -> float:
     """bf16 activations that one layer keeps for its backward pass with flash attention and SwiGLU: norms, queries,
-    attention output and residuals (10 x hidden), keys and values, and gate, up, their activation and product (4 x FFN)."""
+    attention output and residuals (10 x hidden), keys and values, and gate, up, their product (4 x FFN)."""
     return BF16 * (10 * a.hidden + 2 * a.kv_heads * a.hidden / a.heads + 4 * a.ffn)
 
 
@@ -150,8 +150,8 @@ def _logits(job: TrainingJob) -> float:
 
 
 def _gathered(job: TrainingJob) -> float:
-    """Whole bf16 weights beside the master copy: all of them under autocast; two layers, the embedding and the head where
-    the states are sharded."""
+    """Whole bf16 weights beside the master copy: all of them under autocast; two layers, the embedding and the head
+    where the states are sharded."""
     a = job.architecture
     if job.shards == 1:
         return 0.0 if job.lora else BF16 * a.parameters / GIB
@@ -173,8 +173,8 @@ def training_on_cpu(job: TrainingJob) -> Memory:
 
 
 def training_flops_per_token(architecture: Architecture, context_tokens: float, lora: bool) -> float:
-    """6 per parameter and 6 x layers x hidden x context for causal attention (PaLM, arXiv 2204.02311, appendix B, halved
-    for the mask); LoRA needs no gradient of the frozen weights: 4 per parameter."""
+    """6 per parameter and 6 x layers x hidden x context for causal attention (PaLM, arXiv 2204.02311, appendix B,
+    halved for the mask); LoRA needs no gradient of the frozen weights: 4 per parameter."""
     attention = 6 * architecture.layers * architecture.hidden * context_tokens
     return (4 if lora else 6) * architecture.parameters + attention
 

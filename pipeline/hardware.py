@@ -33,11 +33,13 @@ GPUS: tuple[tuple[str, float, float], ...] = (
     ("RTX 3090", 71, 0.94),
 )
 
+NVLINKED = ("A100", "H100", "H200", "B200")
+
 Link = Literal["none", "pcie", "nvlink"]
 
 
 class Hardware(Settings):
-    """A machine, or several of one kind. Memory and disk are those of one node; zero GPUs means the CPU does the work."""
+    """A machine, or several of one kind. Memory and disk are one node's; without GPUs the CPU does the work."""
 
     name: str = execution("local")
     nodes: int = Field(1, ge=1)

@@ -15,7 +15,7 @@ from r1distill.data.config import load, nearest, parse_overrides
 from r1distill.data.errors import RequestError
 from r1distill.data import sources
 from r1distill.data.prompts import PromptSet
-from r1distill.pipeline.hardware import Hardware, detect
+from r1distill.pipeline.hardware import Hardware, named
 from r1distill.students.catalogue import Student
 from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher, load_teacher
 
@@ -53,26 +53,26 @@ class Run:
         the_student = load("students", student, Student, values["student"])
         the_teacher = load_teacher(teacher or the_student.teacher, values["teacher"])
         the_prompts = load("prompts", prompts or the_teacher.prompts, PromptSet, values["prompts"])
-        if hardware in (None, "local"):
-            the_hardware = detect()
-            if values["hardware"]:
-                the_hardware = _with(the_hardware, values["hardware"])
-        else:
-            the_hardware = load("hardware", str(hardware), Hardware, values["hardware"])
-        held_out = list(the_prompts.decontaminate.against)
-        if missing := [name for name in the_student.benchmarks if name not in held_out]:
-            raise RequestError(
-                f"student '{the_student.name}' is scored on {', '.join(missing)}, but the prompts '{the_prompts.name}' are "
-                f"not kept apart from it. Add it to 'decontaminate.against' in configs/prompts/{the_prompts.name}.yaml."
-            )
+        the_hardware = named(hardware, home_folder())
+        if values["hardware"]:
+            the_hardware = _with(the_hardware, values["hardware"])
         return cls(
             student=the_student,
             teacher=the_teacher,
             prompts=the_prompts,
             hardware=the_hardware,
             benchmarks=[load("benchmarks", name, Benchmark) for name in the_student.benchmarks],
-            held_out=[load("benchmarks", name, Benchmark) for name in held_out],
+            held_out=[load("benchmarks", name, Benchmark) for name in the_prompts.decontaminate.against],
         )
+
+    def check_held_out(self) -> None:
+        """Raise RequestError where the student would be scored on questions that the prompts are not kept apart from."""
+        apart = self.prompts.decontaminate.against
+        if missing := [name for name in self.student.benchmarks if name not in apart]:
+            raise RequestError(
+                f"student '{self.student.name}' is scored on {', '.join(missing)}, but the prompts '{self.prompts.name}' are "
+                f"not kept apart from that. Say so: --set 'prompts.decontaminate.against={[*apart, *missing]}'"
+            )
 
     @cached_property
     def base_revision(self) -> str:
@@ -134,16 +134,14 @@ class Run:
         """A recorded teacher can't be asked; any other is scored where the student's file says so."""
         return self.student.score_teacher and not isinstance(self.teacher, RecordedTeacher)
 
+    def lineage_of_data(self) -> dict[str, Any]:
+        """Names and revisions for the dataset's card; nothing of the student, since every student shares it."""
+        return {"teacher": self.teacher.name, "teacher_revision": self.teacher_revision, "prompts": self.prompts.name}
+
     def lineage(self) -> dict[str, Any]:
-        """Names and revisions for the cards."""
-        return {
-            "student": self.student.name,
-            "base": models.title(self.student.base),
-            "base_revision": self.base_revision,
-            "teacher": self.teacher.name,
-            "teacher_revision": self.teacher_revision,
-            "prompts": self.prompts.name,
-        }
+        """Names and revisions for the student's card."""
+        base = {"base": models.title(self.student.base), "base_revision": self.base_revision}
+        return {"student": self.student.name, **base, **self.lineage_of_data()}
 
 
 def _with(hardware: Hardware, changes: dict[str, Any]) -> Hardware:

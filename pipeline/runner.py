@@ -54,14 +54,18 @@ class Done:
     built: bool
 
 
-def chain(run: Run, until: str | None = None) -> list[Step]:
-    """The steps of a run, in order, up to and including ``until``; nothing is built."""
+def stage_names(until: str | None = None) -> list[str]:
+    """The names of the stages up to and including ``until``; raises RequestError where there is no such stage."""
     names = [stage.name for stage in STAGES]
     if until is not None and until not in names:
         raise RequestError(f"there is no stage '{until}'.{nearest(until, names)}")
-    last = names.index(until) if until else len(names) - 1
+    return names[: names.index(until) + 1] if until else names
+
+
+def chain(run: Run, until: str | None = None) -> list[Step]:
+    """The steps of a run, in order, up to and including ``until``; nothing is built."""
     steps: dict[str, Step] = {}
-    for stage in STAGES[: last + 1]:
+    for stage in STAGES[: len(stage_names(until))]:
         inputs = {name: steps[name].fingerprint for name in stage.reads}
         identity = {"stage": stage.name, "version": stage.version, "inputs": inputs, "decides": stage.decides(run)}
         digest, label = fingerprint(identity), stage.label(run)

@@ -89,7 +89,8 @@ def dataset(run: Run, inputs: Inputs, out: Path) -> Result:
     from r1distill.data import dataset
 
     title = f"{run.teacher.name} traces of {run.prompts.name}"
-    return dataset.build(run.prompts.dataset, **inputs, out=out, title=title, lineage=run.lineage())
+    settings, rules = run.prompts.dataset, run.prompts.verdicts
+    return dataset.build(settings, rules, **inputs, out=out, title=title, lineage=run.lineage_of_data())
 
 
 # From here on each student has its own.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from r1distill.data.benchmarks import Benchmark
 from r1distill.data.prompts import PromptSet
-from r1distill.data.sources import ReasoningGymSource, Source
+from r1distill.data.sources import HubSource, ReasoningGymSource, Source
 from r1distill.students.catalogue import Student
 from r1distill.teacher.settings import RecordedTeacher, Teacher
 
@@ -32,14 +32,9 @@ class Workload:
         """Tokens to be generated."""
         return int(self.completions * self.mean_tokens) if self.completions and self.mean_tokens else None
 
-    @property
-    def kept_tokens(self) -> int | None:
-        """Tokens of one epoch of training, at most: as if every trace were kept."""
-        return self.tokens
-
 
 def workload(student: Student, teacher: Teacher, prompts: PromptSet | None) -> Workload:
-    """What the traces stage asks for. An R1 student whose prompts can't be counted is planned for the published recipe."""
+    """What the traces stage asks for; where an R1 student's prompts can't be counted, the published recipe's number."""
     asked = None if prompts is None else _prompts(prompts.sources)
     if isinstance(teacher, RecordedTeacher):
         return Workload(assumptions=("how many traces are recorded is known when they are read: no hours",))
@@ -61,7 +56,7 @@ def _prompts(sources: Sequence[Source]) -> int | None:
     for source in sources:
         if isinstance(source, ReasoningGymSource):
             total += sum(task.count for task in source.tasks.values())
-        elif source.limit:
+        elif isinstance(source, HubSource) and source.limit:
             total += source.limit
         else:
             return None

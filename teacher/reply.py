@@ -54,15 +54,15 @@ class Reply:
             raise ValueError("an empty answer")
         if thought:
             completion = f"{OPEN}{thought}{CLOSE if content or finish_reason == 'stop' else ''}{content}"
-            reasoning, response = thought.strip(), content.strip()
+            parts: tuple[str | None, str] = thought.strip(), content.strip()
         else:
             completion = content or refusal
-            reasoning, response = split_thinking(completion, opened=opens_thinking)
+            parts = split_thinking(completion, opened=opens_thinking)
         return cls(
             model=_text(data.get("model")) or None,
             completion=completion,
-            reasoning=reasoning,
-            response=response,
+            reasoning=parts[0],
+            response=parts[1],
             finish_reason=finish_reason,
             state="refused" if refusal else STATES[finish_reason],
             **tokens,
@@ -128,7 +128,7 @@ def _tokens(usage: Any) -> dict[str, int | None]:
     details = usage.get("completion_tokens_details")
     found = {**usage, **(details if isinstance(details, dict) else {})}
     names = ("prompt_tokens", "reasoning_tokens", "completion_tokens")
-    return {name: found[name] if isinstance(found.get(name), int) else None for name in names}
+    return {name: n if type(n := found.get(name)) is int and 0 <= n < 2**63 else None for name in names}
 
 
 def _message(body: bytes) -> str:

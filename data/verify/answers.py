@@ -1,6 +1,6 @@
 """The final answer of a response: what is boxed, else what the closing sentence states.
 
-Where a response leaves open which of several numbers it means, there is no answer here: a guess could accept a wrong one.
+Where a response leaves open which of several numbers it means, there is no answer: a guess could accept a wrong one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ _MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?:\*\*)?\s+(?=[A-Z*\\$(])")
-_CONNECTIVE = re.compile(r"[.!?]\s|\n\s*\n|\b(?:therefore|thus|hence|so|final|finally|which (?:is|means|gives))\b", re.I)
+_CONNECTIVE = re.compile(
+    r"[.!?]\s|\n\s*\n|\b(?:therefore|thus|hence|so|final|finally|which (?:is|means|gives))\b", re.I
+)
 # A sentence that says so has no answer to offer, whatever numbers it mentions.
 _HEDGE = re.compile(
     r"\b(?:cannot|can['’]t|can not|could not|insufficient|not (?:provide )?enough|impossible|unanswerable|speculat\w*|"
@@ -27,7 +29,9 @@ _QUANTITY = re.compile(
     rf"(?<![\w.^_{{])[-−–]?\s?(?P<currency>\\?\$|[€£¥₹])?\s?[-−]?(?:{_NUMBER})"
     rf"(?:\s?/\s?(?:{_NUMBER})(?!\w))?(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion|dozen)\b)?(?![\d^_])"
 )
-_INLINE = re.compile(r"\\\((?P<a>[^\n]+?)\\\)|\\\[(?P<b>.+?)\\\]|\$\$(?P<c>[^$]+)\$\$|(?<![\\\w])\$(?P<d>[^$\n]+?)(?<!\\)\$", re.S)
+_INLINE = re.compile(
+    r"\\\((?P<a>[^\n]+?)\\\)|\\\[(?P<b>.+?)\\\]|\$\$(?P<c>[^$]+)\$\$|(?<![\\\w])\$(?P<d>[^$\n]+?)(?<!\\)\$", re.S
+)
 _BOLD = re.compile(r"\*\*(?P<bold>[^*\n]+)\*\*")
 _GLUE = re.compile(r"(?:\\?(?:times|cdot|div)\b|[=≈+×÷*])")
 
@@ -39,11 +43,16 @@ def final_answer(response: str, question: str = "") -> str | None:
     Without a box it is the sentence after "Answer:", else the closing sentence. Numbers of the ``question`` that are
     repeated in that sentence are not taken for the answer when another number stands there.
     """
-    boxes = _boxes(response)
-    if boxes:
+    if boxes := _boxes(response):
         return _joined(response, boxes)
-    sentence = _closing_sentence(response)
-    return None if sentence is None or _HEDGE.search(sentence) else _stated(sentence, question)
+    if _BOX.search(response):  # empty or cut off
+        return None
+    markers = list(_MARKER.finditer(response))
+    ending = response[markers[-1].end() :] if markers else _last_line(response)
+    if _HEDGE.search(ending):
+        return None
+    sentences = _SENTENCE_END.split(re.split(r"\n\s*\n", ending.strip(), maxsplit=1)[0])
+    return _stated(sentences[0 if markers else -1].strip(), question)
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
@@ -87,27 +96,20 @@ def _joined(text: str, boxes: list[tuple[int, int, str]]) -> str:
     return ", ".join(dict.fromkeys(content for _, _, content in group))
 
 
-def _closing_sentence(response: str) -> str | None:
-    """The sentence that should hold the answer: the one after the last "Answer:", else the last one."""
-    markers = list(_MARKER.finditer(response))
-    if markers:
-        region = response[markers[-1].end() :].strip()
-        paragraph = re.split(r"\n\s*\n", region, maxsplit=1)[0]
-        return _SENTENCE_END.split(paragraph, maxsplit=1)[0].strip() or None
-    paragraphs = [part for part in re.split(r"\n\s*\n", response) if part.strip()]
-    if not paragraphs:
-        return None
-    paragraph = paragraphs[-1].strip()
-    if paragraph.startswith((r"\[", "$$")) and paragraph.endswith((r"\]", "$$")):
-        return paragraph
-    return _SENTENCE_END.split(paragraph.splitlines()[-1])[-1].strip()
+def _last_line(response: str) -> str:
+    """The last line, or the whole of a last paragraph that is one displayed formula."""
+    paragraph = re.split(r"\n\s*\n", response.strip())[-1]
+    displayed = paragraph.startswith((r"\[", "$$")) and paragraph.endswith((r"\]", "$$"))
+    return paragraph if displayed else paragraph.splitlines()[-1] if paragraph else ""
 
 
 def _stated(sentence: str, question: str) -> str | None:
     """The one quantity or formula that a sentence states, or None where there are several to choose from."""
     if len(sentence) > 600:
         return None
-    bold = list(dict.fromkeys(m["bold"].strip(" .:") for m in _BOLD.finditer(sentence) if re.search(r"\d|\\", m["bold"])))
+    bold = list(
+        dict.fromkeys(m["bold"].strip(" .:") for m in _BOLD.finditer(sentence) if re.search(r"\d|\\", m["bold"]))
+    )
     if len(bold) == 1 and "=" not in bold[0]:
         sentence = bold[0]
     if "=" in sentence or "≈" in sentence:

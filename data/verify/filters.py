@@ -22,21 +22,23 @@ class FilterSettings(Settings):
 
     code_in_thinking: bool = False  # a fenced block in the thinking is allowed in the code domain alone
     max_paragraph_characters: int = 8000  # the longest of 1,036 recorded ones has under 3,000
-    max_repeated_share: float = 0.6  # of the 16-grams in any window of 1,024 words
+    max_repeated_share: float = 0.4  # of the 16-grams in any window of 512 words; the recorded ones reach 0.2
     max_foreign_words: int = 0  # words of a script that neither the question nor mathematics uses
     min_target_share: float = 0.5  # of the thinking's words that are in the question's script
 
 
 _ERROR_TEXT = re.compile(
-    r"\W*(?:error (?:after \d+|code|\d{3})|api error|error\W+message|internal server error|bad gateway|gateway time-?out|"
-    r"service unavailable|too many requests|rate limit|request timed out|connection (?:error|reset|refused)|"
-    r"traceback \(most recent|<!doctype html|<html|upstream (?:connect|request)|expecting value: line \d+)",
+    r"\W*(?:error (?:after \d+|code|\d{3})|api error|error\W+message|internal server error|bad gateway|"
+    r"gateway time-?out|service unavailable|too many requests|rate limit|request timed out|"
+    r"connection (?:error|reset|refused)|traceback \(most recent|<!doctype html|<html|"
+    r"upstream (?:connect|request)|expecting value: line \d+)",
     re.I,
 )
 _REFUSAL = re.compile(
-    r"\W*(?:(?:i['’]m |i am )?(?:very |really |so )?sorry\b.{0,40}?\b(?:can['’]?t|cannot|can not|unable|not able|beyond my)|"
-    r"i (?:can['’]t|cannot|can not|won['’]t|am unable to|am not able to|['’]m (?:unable|not able) to) (?:help|assist|answer|"
-    r"provide|comply|fulfill|continue|discuss|engage|do that)|as an ai\b.{0,60}\b(?:can['’]t|cannot|unable))",
+    r"\W*(?:(?:i['’]m |i am )?(?:very |really |so )?sorry\b.{0,40}?\b(?:can['’]?t|cannot|can not|unable|not able|"
+    r"beyond my)|i (?:can['’]t|cannot|can not|won['’]t|am unable to|am not able to|['’]m (?:unable|not able) to) "
+    r"(?:help|assist|answer|provide|comply|fulfill|continue|discuss|engage|do that)|"
+    r"as an ai\b.{0,60}\b(?:can['’]t|cannot|unable))",
     re.I | re.S,
 )
 _LONGEST_REFUSAL_CHARACTERS = 600
@@ -49,7 +51,7 @@ def form(completion: str, reasoning: str | None, response: str, domain: str, set
     """
     if _ERROR_TEXT.match(completion[:400]) or _ERROR_TEXT.match(response[:400]):
         return failed("an API error instead of an answer", (response or completion)[:100])
-    if reasoning is None or (completion and _unclosed(completion, reasoning, response)):
+    if reasoning is None or _unclosed(completion, reasoning, response):
         return failed("no </think>")
     body = completion.lstrip().removeprefix(OPEN)
     if OPEN in reasoning + response or OPEN in body or CLOSE in reasoning + response or body.count(CLOSE) > 1:
@@ -73,9 +75,7 @@ def _unclosed(completion: str, reasoning: str, response: str) -> bool:
     return CLOSE not in completion and not (response and reasoning and completion.strip() != reasoning.strip())
 
 
-def truncation(
-    completion: str, reasoning: str | None, response: str, finish_reason: str | None, state: str
-) -> Finding:
+def truncation(completion: str, reasoning: str | None, response: str, finish_reason: str | None, state: str) -> Finding:
     """Whether the text ended by itself: by the server's word where there is one, else by what is missing."""
     if state == "truncated" or finish_reason == "length":
         return failed("the token limit was reached")
@@ -102,17 +102,18 @@ def _open_end(response: str) -> str:
 
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
-_WINDOW_WORDS, _GRAM_WORDS = 1024, 16
+_WINDOW_WORDS, _GRAM_WORDS = 512, 16
 
 
 def repetition(text: str, settings: FilterSettings) -> Finding:
-    """The largest share of 16-grams that occurred before, over windows of 1,024 words (half a window apart)."""
+    """The largest share of 16-grams that occurred before, over windows of 512 words (half a window apart)."""
     words = _TOKEN.findall(text)
     share, where = 0.0, 0
     for start in range(0, max(1, len(words) - _WINDOW_WORDS // 2), _WINDOW_WORDS // 2):
         window = words[start : start + _WINDOW_WORDS]
-        grams = [tuple(window[i : i + _GRAM_WORDS]) for i in range(len(window) - _GRAM_WORDS + 1)]
-        if len(grams) > 2 * _GRAM_WORDS and (found := 1 - len(set(grams)) / len(grams)) > share:
+        count = len(window) - _GRAM_WORDS + 1
+        distinct = set(zip(*(window[i : i + count] for i in range(_GRAM_WORDS)), strict=True)) if count > 64 else ()
+        if distinct and (found := 1 - len(distinct) / count) > share:
             share, where = found, start
     detail = f"{share:.0%} of the 16-grams after word {where}"
     return failed("it repeats itself", detail) if share > settings.max_repeated_share else passed(detail)
@@ -149,7 +150,11 @@ def language(question: str, text: str, settings: FilterSettings) -> Finding:
 def _scripts(text: str) -> Counter[str]:
     """How many words of each script a text has."""
     if text.isascii():
-        return Counter(latin=count) if (count := sum(1 for w in _WORD.findall(_LATEX.sub(" ", text)) if len(w) > 1)) else Counter()
+        return (
+            Counter(latin=count)
+            if (count := sum(1 for w in _WORD.findall(_LATEX.sub(" ", text)) if len(w) > 1))
+            else Counter()
+        )
     counts: Counter[str] = Counter()
     for word in _WORD.findall(_LATEX.sub(" ", text)):
         if word.isascii():

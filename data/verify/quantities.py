@@ -11,7 +11,7 @@ SCALES = {
 }  # fmt: skip
 
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\(?:[!,;:> ]|quad\b|qquad\b|displaystyle\b|left(?![a-z])|right(?![a-z]))|~")
+_SPACING = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad\b|qquad\b|displaystyle\b|left(?![a-z])|right(?![a-z]))|~")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _FRACTION = r"\\frac\s*(?:\{\s*(?P<n>[-+]?\d+)\s*\}|(?P<n1>\d))\s*(?:\{\s*(?P<d>\d+)\s*\}|(?P<d1>\d+))"
 _NUMBER = re.compile(
@@ -20,13 +20,15 @@ _NUMBER = re.compile(
     rf"\s*(?P<unit>.*)",
     re.S,
 )
-_UNIT = re.compile(r"(?P<percent>%|percent\b|percentage points?\b)?\s*(?P<name>[^\W\d_][^\d\\{}=<>+*|]*(?:\^\{?[23]\}?)?|°|²|³)?")
+_UNIT = re.compile(
+    r"(?P<percent>%|percent\b|percentage points?\b)?\s*(?P<name>[^\W\d_][^\d\\{}=<>+*|]*(?:\^\{?[23]\}?)?|°|²|³)?"
+)
 _CLOCK = re.compile(r"(\d{1,2})(?::00)? ?([ap])\.?m\.?|(\d{1,2}):00", re.I)
 _ALIASES = {
-    "degree": "°", "dollar": "$", "usd": "$", "buck": "$", "cent": "¢", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft",
-    "meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "kilometer": "km", "kilometre": "km", "mile": "mi",
-    "millimeter": "mm", "hour": "h", "hr": "h", "minute": "min", "second": "s", "sec": "s", "gram": "g", "kilogram": "kg",
-    "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l", "square": "sq", "yard": "yd",
+    "degree": "°", "dollar": "$", "usd": "$", "buck": "$", "cent": "¢", "inche": "in", "inch": "in", "feet": "ft",
+    "foot": "ft", "yard": "yd", "mile": "mi", "millimeter": "mm", "centimeter": "cm", "centimetre": "cm", "meter": "m",
+    "metre": "m", "kilometer": "km", "kilometre": "km", "hour": "h", "hr": "h", "minute": "min", "second": "s",
+    "sec": "s", "gram": "g", "kilogram": "kg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l", "square": "sq",
 }  # fmt: skip
 
 
@@ -46,7 +48,8 @@ def tidy(text: str) -> str:
     text = text.replace("−", "-").replace("–", "-").replace("％", "%").replace(r"\%", "%").replace("\u00a0", " ")
     text = re.sub(r"\\([dtc]frac)(?![a-z])", r"\\frac", text.replace("**", "").replace("{,}", ","))
     text = re.sub(r",\\! *", ",", text)
-    text = re.sub(r"\\[\[\]()]|(?<!\\)\$\$", " ", text)
+    text = re.sub(r"\\\\\s*\[[\d.]+(?:pt|ex|em|mm|cm)\]", r"\\\\", text)  # \\[4pt] between the rows of a matrix
+    text = re.sub(r"(?<!\\)\\[\[\]()]|(?<!\\)\$\$", " ", text)
     while (bare := _WRAPPER.sub(r" \1 ", text)) != text:
         text = bare
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![a-z])|\\deg\b", "°", text)
@@ -79,7 +82,9 @@ def quantity(tidied: str) -> Quantity | None:
         unit = match["currency"] if unit in ("", "$") else f"{match['currency']} {unit}"
     written = match["decimal"] or ""
     decimals = len(written.partition(".")[2]) if "." in written else None
-    return Quantity(value * (-1 if "-" in (match["sign"], match["sign2"]) else 1), bool(rest["percent"]), scale, unit, decimals)
+    return Quantity(
+        value * (-1 if "-" in (match["sign"], match["sign2"]) else 1), bool(rest["percent"]), scale, unit, decimals
+    )
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -101,14 +106,33 @@ def _unit_word(word: str) -> str:
     return _ALIASES.get(singular, singular)
 
 
+# Units that are written one behind the other, the smaller as a share of the larger.
+_PARTS = {("h", "min"): 60, ("min", "s"): 60, ("day", "h"): 24, ("ft", "in"): 12, ("lb", "oz"): 16, ("$", "¢"): 100}
+
+
+def compound(tidied: str) -> list[Quantity]:
+    """ "18 hours and 48 minutes" in its smaller and in its larger unit; [] for anything else."""
+    parts = re.split(r",? and |, | (?=\d)", tidied)
+    if len(parts) != 2:
+        return []
+    large, small = (quantity(part) for part in parts)
+    if large is None or small is None:
+        return []
+    size = _PARTS.get((large.unit, small.unit))
+    if not size or small.value >= size:
+        return []
+    total = large.value * size + small.value
+    return [Quantity(total, unit=small.unit), Quantity(total / size, unit=large.unit)]
+
+
 def equal(reference: Quantity, answer: Quantity) -> bool | None:
     """Whether the two say the same; None where only the unit or the scale keeps it open.
 
     Percent signs are taken or left: 20% equals 20 and 0.2. A decimal of at least four digits may be a rounded fraction.
     """
     if _same_number(reference, answer):
-        differs = reference.unit != answer.unit and reference.unit and answer.unit
-        return None if differs else True
+        ours, theirs = (q.unit or "%" * q.percent for q in (reference, answer))
+        return None if ours and theirs and ours != theirs else True
     if reference.scale != answer.scale and reference.value == answer.value:
         return None
     return False

@@ -104,13 +104,12 @@ def test_the_default_chain_fits_two_cores_and_24_gb():
 
 def test_only_the_stages_that_will_run_are_checked():
     check(student("qwen-14b"), load_teacher("recorded"), named("8xh200"), here=named("8xh200"), stages=["traces"])
-    big_disk = named("laptop").model_copy(update={"disk_gib": 5000})
-    check(student("qwen-14b"), load_teacher("recorded"), big_disk, stages=["traces"])
+    check(student("qwen-14b"), load_teacher("recorded"), named("laptop"), stages=["traces"])
 
 
 def test_a_full_disk_is_a_reason():
     small = named("laptop").model_copy(update={"disk_gib": 1.0})
-    with pytest.raises(RequestError, match="GiB of disk are needed"):
+    with pytest.raises(RequestError, match=r"disk: .* are free"):
         check(student("smollm2-135m"), load_teacher("embedded"), small)
 
 
@@ -203,7 +202,7 @@ def test_every_student_teacher_and_hardware_can_be_planned():
 def test_planning_imports_nothing_heavy():
     code = (
         "import sys; from r1distill.pipeline.plan import plan; "
-        "print([m for m in ('torch', 'vllm', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
+        "print([m for m in ('torch', 'vllm', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,189 @@
+"""The whole chain on real parts, killed in every stage: it finishes, pays for nothing twice, and its counts add up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from r1distill.data import schema
+from r1distill.pipeline.stages import STAGES
+from r1distill.students.catalogue import Student
+
+NAMES = [stage.name for stage in STAGES]
+TASK = "chain_sum: { count: %d, config: { min_terms: 3, max_terms: 3, min_digits: 1, max_digits: 1 } }"
+
+BENCHMARK = f"""
+title: A few sums
+source: {{ kind: reasoning_gym, seed: 99, tasks: {{ {TASK % 4} }} }}
+instruction: "Please reason step by step, and put your final answer within \\\\boxed{{}}."
+k: 1
+top_p: 1.0
+max_tokens: 48
+seed: 1
+"""
+
+PROMPTS = f"""
+extends: arithmetic
+sources: [{{ kind: reasoning_gym, seed: 3, tasks: {{ {TASK % 24} }} }}]
+decontaminate: {{ against: [BENCHMARK], ngram: null }}
+dataset: {{ validation_share: 0.2 }}
+"""
+
+STUDENT = """
+extends: smollm2-135m
+sft: { epochs: 1, batch_traces: 4, save_steps: 1 }
+variants:
+  q4_k_m: { kind: gguf, scheme: q4_k_m, tuning_steps: 0, calibration_traces: 2, calibration_tokens: 64 }
+  int8: { kind: int8, tuning_steps: 0 }
+gate: { min_gain: null, min_share_of_teacher: null }
+benchmarks: [BENCHMARK]
+variant_questions: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("distill")
+    (folder / "sums.yaml").write_text(BENCHMARK)
+    benchmark = str(folder / "sums.yaml")
+    (folder / "few.yaml").write_text(PROMPTS.replace("BENCHMARK", benchmark))
+    (folder / "small.yaml").write_text(STUDENT.replace("BENCHMARK", benchmark))
+    return folder
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    names = ["--student", str(folder / "small.yaml"), "--prompts", str(folder / "few.yaml")]
+    lenient = ["--set", "teacher.sampling.max_tokens=48"]
+    return [sys.executable, "-m", "r1distill.pipeline.cli", "distill", *names, *lenient, *more]
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(folder, *more),
+        cwd=folder,
+        env={**os.environ, "R1DISTILL_HOME": str(folder / "home")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def answers(home: Path) -> dict[str, str]:
+    """What the ledger holds and need not be asked again: {key: when it was answered}."""
+    file = home / "ledger" / "ledger.sqlite"
+    if not file.is_file():
+        return {}
+    with contextlib.closing(sqlite3.connect(file)) as ledger:
+        return dict(ledger.execute("SELECT key, created_at FROM exchanges WHERE state != 'failed'"))
+
+
+def running(folder: Path) -> list[str]:
+    """Command lines of live processes that mention the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(folder) in line and int(process.name) != os.getpid():
+                found.append(line)
+    return found
+
+
+def kill_in(folder: Path, stage: str, after_seconds: float) -> bool:
+    """Start the chain and SIGKILL it, and nothing else, in the middle of a stage; False where the stage was too quick."""
+    process = start(folder)
+    home = folder / "home" / stage
+    while process.poll() is None and not list(home.glob(".*.partial")):
+        time.sleep(0.02)
+        if any(home.glob("*/manifest.json")):
+            break
+    time.sleep(after_seconds)
+    caught = process.poll() is None and bool(list(home.glob(".*.partial")))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    return caught
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_in_every_stage_the_chain_finishes_and_asks_nothing_twice(workplace):
+    home = workplace / "home"
+    kept: dict[str, str] = {}
+    # Seconds into the stage: long enough for a server to be up and some answers or steps to be there.
+    waits = {"traces": 45, "checkpoint": 25, "variants": 15, "scores": 40}
+    caught = []
+    for stage in NAMES:
+        if kill_in(workplace, stage, waits.get(stage, 0.0)):
+            caught.append(stage)
+        now = answers(home)
+        assert {key: now.get(key) for key in kept} == kept, f"killed in {stage}: an answer was lost or asked again"
+        kept = now
+    assert {"traces", "checkpoint", "variants", "scores"} <= set(caught)
+    deadline = time.monotonic() + 60
+    while (left := running(workplace)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left, "servers or workers outlived the run that had started them"
+
+    process = start(workplace, "--json")
+    output, _ = process.communicate()
+    assert process.returncode in (0, 3), output
+    report = json.loads(output.strip().splitlines()[-1])
+    assert list(report["stages"]) == NAMES
+    for name, stage in report["stages"].items():
+        assert stage["read"] == stage["kept"] + sum(stage["rejected"].values()), name
+        assert Path(stage["path"]).is_dir()
+    final = answers(home)
+    assert {key: final.get(key) for key in kept} == kept
+    traces = schema.read(Path(report["stages"]["traces"]["path"]), schema.TRACE)
+    keys = list(zip(traces["prompt_id"].to_pylist(), traces["sample"].to_pylist(), strict=True))
+    assert len(keys) == len(set(keys)) == report["stages"]["traces"]["read"]
+    assert not [path for path in home.rglob("*.partial")]
+
+    bench = report["scores"]["benchmarks"]["sums"]["models"]
+    assert set(bench) == {"base", "teacher", "student", "q4_k_m", "int8"}
+    assert {row["runtime"] for row in bench.values()} == {"vllm", "llama.cpp"}
+    publication = Path(report["stages"]["publication"]["path"])
+    assert (publication / "model" / "README.md").is_file()
+    assert (publication / "model" / "model.safetensors").is_file()
+    assert (publication / "dataset" / "README.md").is_file()
+
+
+@pytest.mark.slow
+def test_the_same_command_again_builds_nothing(workplace):
+    if not (workplace / "home" / "publication").is_dir():
+        pytest.skip("the chain above did not finish")
+    before = answers(workplace / "home")
+    process = start(workplace, "--json")
+    output, _ = process.communicate(timeout=120)
+    report = json.loads(output.strip().splitlines()[-1])
+    assert not [name for name, stage in report["stages"].items() if stage["built"]]
+    assert answers(workplace / "home") == before
+
+
+def test_held_out_questions_share_none_with_the_training_prompts(tmp_path):
+    """The real prompts of `make distill` against the real benchmark, through the real stage."""
+    from r1distill.data import prompts
+    from r1distill.data.benchmarks import Benchmark, questions
+    from r1distill.data.config import load
+
+    student = load("students", "smollm2-135m", Student)
+    held_out = [load("benchmarks", name, Benchmark) for name in student.benchmarks]
+    for name in ("arithmetic", "worked-tasks"):
+        settings = load("prompts", name, prompts.PromptSet)
+        result = prompts.build(settings, held_out, tmp_path / name)
+        result.check("prompts")
+        trained_on = set(schema.read(tmp_path / name, schema.PROMPT)["question"].to_pylist())
+        asked = {row["question"] for bench in held_out for row in questions(bench)}
+        assert len(asked) >= 50
+        assert trained_on
+        assert not trained_on & asked
+        assert not {prompts.normalise(q) for q in trained_on} & {prompts.normalise(q) for q in asked}

@@ -1,0 +1,280 @@
+"""The client against a server that misbehaves: every request ends in one state, none is asked without need."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from decimal import Decimal
+
+import pytest
+
+from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.data.schema import TRACE
+from r1distill.teacher.ledger import Ledger
+from r1distill.teacher.sample import Request, ask, pending, rows, sample
+from r1distill.teacher.settings import Client, Price, Sampling
+
+
+def states(order, ledger):
+    return [row["state"] for row in rows(order, ledger)]
+
+
+def test_rows_come_in_order_and_have_all_that_a_trace_has(fake, ledger, order, client):
+    wanted = order(["a", "b"], samples=2)
+    found = list(
+        sample(fake.endpoint(), wanted.requests, wanted.sampling, ledger, client, identity=wanted.identity)
+    )
+    assert [(row["prompt_id"], row["sample"]) for row in found] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    row = found[0]
+    assert row.keys() == set(TRACE.names)
+    assert json.loads(row["request_text"]) == [{"role": "user", "content": "a"}]
+    assert (row["teacher"], row["teacher_revision"], row["state"]) == ("fake-1", "abc", "done")
+    assert (row["reasoning"], row["response"], row["completion_tokens"]) == ("2 + 2 = 4", "It is 4.", 20)
+    assert json.loads(row["sampling"]) == {"temperature": 0.6, "top_p": 0.95, "max_tokens": 100, "seed": None}
+    assert {body["model"] for body in fake.bodies} == {"fake"}
+    assert "seed" not in fake.bodies[0]
+
+
+def test_what_the_ledger_has_is_never_asked_again(fake, ledger, order, client):
+    ask(order(["a", "b"]), fake.endpoint(), ledger, client)
+    assert not pending(order(["a", "b"]), ledger)
+    more = order(["a", "b", "c"], samples=2)
+    assert ask(more, fake.endpoint(), ledger, client)["asked"] == 4
+    assert fake.asked == {"a": 2, "b": 2, "c": 2}
+    ask(more, fake.endpoint(), ledger, client)
+    assert sum(fake.asked.values()) == 6
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"max_tokens": 99}, {"seed": 3}, {"top_p": 1.0}])
+def test_other_settings_ask_again(fake, ledger, order, client, change):
+    ask(order(["a"]), fake.endpoint(), ledger, client)
+    ask(order(["a"], **change), fake.endpoint(), ledger, client)
+    assert fake.asked == {"a": 2}
+
+
+def test_seeds_differ_between_samples_and_repeat_between_runs(fake, ledger, order, client, tmp_path):
+    wanted = order(["a", "b"], samples=2, seed=5)
+    ask(wanted, fake.endpoint(), ledger, client)
+    first = sorted(body["seed"] for body in fake.bodies)
+    assert len(set(first)) == 4
+    with Ledger(tmp_path / "another") as other:
+        ask(wanted, fake.endpoint(), other, client)
+    assert sorted(body["seed"] for body in fake.bodies[4:]) == first
+
+
+def test_a_question_that_stands_twice_is_asked_once(fake, ledger, order, client):
+    twice = order(["a", "a", "b"])
+    ask(twice, fake.endpoint(), ledger, client)
+    assert fake.asked == {"a": 1, "b": 1}
+    assert states(twice, ledger) == ["done"] * 3
+
+
+@pytest.mark.parametrize(
+    "script",
+    [[500], [429], [503, 500], ["cut"], ["half"], ["garbage"], [(429, {"retry-after": "0"})], ["cut", "half", "garbage"]],
+    ids=str,
+)
+def test_what_passes_is_asked_again_until_it_is_answered(fake, ledger, order, client, script):
+    fake.scripts["a"] = list(script)
+    ask(order(["a", "b"]), fake.endpoint(), ledger, client)
+    assert states(order(["a", "b"]), ledger) == ["done", "done"]
+    assert fake.asked == {"a": len(script) + 1, "b": 1}
+
+
+def test_what_does_not_pass_ends_as_failed_with_its_reason(fake, ledger, order, client, chat):
+    fake.scripts = {
+        "down": [500] * 99,
+        "cut": ["cut"] * 99,
+        "too long": [(400, {}, {"message": "maximum context length is 512"})],
+        "empty": [chat("", usage={"prompt_tokens": 1, "completion_tokens": 0})] * 99,
+        "risky": [(400, {}, {"error": {"message": "Content Exists Risk"}})],
+        "long": [chat("<think>on and on", finish_reason="length")],
+    }
+    wanted = order([*fake.scripts, "fine"])
+    ask(wanted, fake.endpoint(), ledger, client)
+    found = {row["prompt_id"]: row for row in rows(wanted, ledger)}
+    assert {name: row["state"] for name, row in found.items()} == {
+        **dict.fromkeys(["down", "cut", "too long", "empty"], "failed"),
+        "risky": "refused",
+        "long": "truncated",
+        "fine": "done",
+    }
+    assert found["down"]["error"] == "HTTP 500: as scripted"
+    assert "maximum context length" in found["too long"]["error"]
+    assert found["empty"]["error"].endswith("an empty answer")
+    assert found["cut"]["error"].startswith("no answer: RemoteProtocolError")
+    assert found["long"]["reasoning"] == "on and on"
+    expected = {"down": 4, "cut": 4, "empty": 4, "too long": 1, "risky": 1, "long": 1, "fine": 1}
+    assert fake.asked == expected
+
+    fake.scripts = {}
+    ask(wanted, fake.endpoint(), ledger, client)
+    assert fake.asked == expected | {"down": 5, "cut": 5, "empty": 5, "too long": 2}
+    assert Counter(states(wanted, ledger)) == {"done": 5, "refused": 1, "truncated": 1}
+
+
+def test_a_fixed_number_is_in_flight_and_a_slow_answer_holds_nobody_up(fake, ledger, order):
+    fake.scripts["slow"] = ["sleep 1.5"]
+    fake.delay = 0.05
+    wanted = order(["slow", *map(str, range(60))])
+    began = time.monotonic()
+    ask(wanted, fake.endpoint(), ledger, Client(in_flight=4, attempts=1, timeout_seconds=20))
+    assert fake.most_in_flight == 4
+    assert max(times[0] for times in fake.times.values()) < began + 1.5  # all were asked before the slow one was answered
+
+
+def test_a_rate_limit_holds_everybody_and_is_no_failed_attempt(fake, ledger, order):
+    fake.scripts["a"] = [(429, {"retry-after": "0.4"})] * 3
+    wanted = order(["a", *map(str, range(20))])
+    fake.delay = 0.02
+    ask(wanted, fake.endpoint(), ledger, Client(in_flight=2, attempts=1, timeout_seconds=20))
+    assert set(states(wanted, ledger)) == {"done"}
+    first, second = fake.times["a"][:2]
+    assert second - first >= 0.4
+    quiet = [at for times in fake.times.values() for at in times if first + 0.05 < at < first + 0.4]
+    assert len(quiet) <= 1  # one was under way
+
+
+def test_a_rate_limit_that_never_ends_is_not_waited_out_for_ever(fake, ledger, order):
+    fake.scripts["a"] = [429] * 999
+    ask(order(["a"]), fake.endpoint(), ledger, Client(in_flight=1, backoff_seconds=0.01, timeout_seconds=0.5))
+    assert states(order(["a"]), ledger) == ["failed"]
+
+
+def test_an_answer_that_takes_too_long_is_given_up(fake, ledger, order):
+    fake.scripts["a"] = ["sleep 3"] * 2
+    ask(order(["a"]), fake.endpoint(), ledger, Client(attempts=2, backoff_seconds=0, timeout_seconds=0.2))
+    (row,) = rows(order(["a"]), ledger)
+    assert (row["state"], row["error"]) == ("failed", "no answer in 0.2 s (timeout_seconds)")
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
+def test_what_no_other_request_would_survive_stops_the_run_and_keeps_what_is_under_way(
+    fake, ledger, order, client, monkeypatch, status
+):
+    monkeypatch.setenv("FAKE_KEY", "sk-very-secret")
+    fake.scripts = {"b": [(status, {}, {"error": {"message": "key sk-very-secret is no good"}})], "a": ["sleep 0.3"]}
+    wanted = order(["a", "b", *map(str, range(50))])
+    with pytest.raises(R1DistillError, match=f"HTTP {status}: key \\*\\*\\* is no good.*FAKE_KEY") as raised:
+        ask(wanted, fake.endpoint(key_variable="FAKE_KEY"), ledger, client)
+    assert "secret" not in str(raised.value)
+    assert fake.headers[0]["authorization"] == "Bearer sk-very-secret"
+    assert ledger.settled(wanted.key(wanted.requests[0]))
+    assert fake.asked.total() < 52
+
+
+def test_the_key_gets_into_no_row(fake, ledger, order, client, monkeypatch):
+    monkeypatch.setenv("FAKE_KEY", "sk-very-secret")
+    fake.scripts["a"] = [(418, {}, {"error": {"message": "sk-very-secret? teapot"}})]
+    ask(order(["a"]), fake.endpoint(key_variable="FAKE_KEY"), ledger, client)
+    assert [row["error"] for row in rows(order(["a"]), ledger)] == ["HTTP 418: ***? teapot"]
+    assert b"sk-very-secret" not in b"".join(file.read_bytes() for file in ledger.file.parent.iterdir())
+
+
+def test_a_missing_key_is_told_before_anything_is_asked(fake, ledger, order, client, monkeypatch):
+    monkeypatch.delenv("FAKE_KEY", raising=False)
+    with pytest.raises(RequestError, match="FAKE_KEY is not set"):
+        ask(order(["a"]), fake.endpoint(key_variable="FAKE_KEY"), ledger, client)
+    assert not fake.asked
+
+
+def test_a_server_that_answers_nothing_is_not_asked_for_everything(fake, ledger, order, client):
+    wanted = order([str(number) for number in range(200)])
+    fake.scripts = {str(number): [500] * 99 for number in range(200)}
+    with pytest.raises(R1DistillError, match="20 requests in a row failed .* HTTP 500"):
+        ask(wanted, fake.endpoint(), ledger, client)
+    assert len(fake.asked) < 40
+
+
+def test_a_budget_is_never_overdrawn_and_its_end_is_told(fake, ledger, order, client):
+    price = Price(input=Decimal(0), output=Decimal(1000))  # 20 tokens of the 100 that an answer may have: 0.02 of 0.1 USD
+    rich = fake.endpoint(price=price, budget_usd=Decimal("0.5"))
+    wanted = order([str(number) for number in range(50)])
+    with pytest.raises(R1DistillError, match=r"the budget of 0\.5 USD is used up: 0\.42\d* USD spent"):
+        ask(wanted, rich, ledger, client)
+    assert fake.asked.total() == 21
+    assert ledger.spent_usd(wanted.scope) == Decimal("0.42")
+    assert fake.most_in_flight <= 5
+    with pytest.raises(R1DistillError, match="used up"):
+        ask(wanted, rich, ledger, client)
+    ask(wanted, fake.endpoint(price=price), ledger, client)
+    assert fake.asked.total() == 50
+    assert {row["cost_usd"] for row in rows(wanted, ledger)} == {Decimal("0.02")}
+
+
+def test_a_ledger_that_cant_be_written_stops_everything(fake, ledger, order, client, monkeypatch):
+    def full(exchange):
+        raise R1DistillError("the disk is full")
+
+    monkeypatch.setattr(ledger, "put", full)
+    with pytest.raises(R1DistillError, match="the disk is full"):
+        ask(order([str(number) for number in range(99)]), fake.endpoint(), ledger, client)
+    assert fake.asked.total() <= client.in_flight * 2
+
+
+def test_a_server_of_ours_is_brought_back_and_asked_again(fake, ledger, order, client):
+    recovered = []
+    fake.scripts["a"] = ["cut"]
+    ask(order(["a", "b"]), fake.endpoint(recover=lambda: recovered.append(1)), ledger, client)
+    assert recovered == [1]
+    assert states(order(["a", "b"]), ledger) == ["done", "done"]
+
+    def gone():
+        raise R1DistillError("died 4 times")
+
+    fake.scripts["c"] = ["cut"]
+    with pytest.raises(R1DistillError, match="died 4 times"):
+        ask(order(["c"]), fake.endpoint(recover=gone), ledger, client)
+
+
+def test_a_question_in_halves_of_characters_is_failed_or_answered_but_no_traceback(fake, ledger, client):
+    requests = [Request("x", 0, [{"role": "user", "content": "a \ud83d b \u0000 𝟚"}])]
+    (row,) = sample(fake.endpoint(), requests, Sampling(max_tokens=5), ledger, client, identity={"revision": "r"})
+    assert row["state"] == "done"
+
+
+ASKER = """
+import sys
+from pathlib import Path
+from r1distill.teacher.ledger import Ledger
+from r1distill.teacher.sample import Order, Request, ask
+from r1distill.teacher.serve import Endpoint
+from r1distill.teacher.settings import Client, Sampling
+requests = [Request(str(n), 0, [{"role": "user", "content": str(n)}]) for n in range(300)]
+order = Order(requests, Sampling(max_tokens=100), {"model": "fake", "revision": "abc"})
+with Ledger(Path(sys.argv[1])) as ledger:
+    ask(order, Endpoint(sys.argv[2], "fake"), ledger, Client(in_flight=8))
+"""
+
+
+def test_a_run_killed_at_any_moment_goes_on_without_asking_anything_twice(fake, tmp_path, order, client):
+    fake.delay = 0.02
+    wanted = order([str(number) for number in range(300)])
+    lost = 0
+    for _ in range(3):
+        before = fake.asked.total()
+        killed = subprocess.Popen([sys.executable, "-c", ASKER, str(tmp_path), fake.url])
+        while fake.asked.total() < before + 40 and killed.poll() is None:
+            time.sleep(0.005)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+        time.sleep(0.1)
+        with Ledger(tmp_path) as ledger:
+            kept = {request.prompt_id for request in wanted.requests if ledger.settled(wanted.key(request))}
+        lost = fake.asked.total() - len(kept)
+        assert lost <= 8 * 3  # what was under way when it was killed
+        settled_by_now = {key: fake.asked[key] for key in kept}
+        for key, count in settled_by_now.items():
+            fake.scripts[key] = [500] * 99  # asking for one of these again would not go unseen
+            assert count >= 1
+    with Ledger(tmp_path) as ledger:
+        ask(wanted, fake.endpoint(), ledger, client)
+        assert set(states(wanted, ledger)) == {"done"}
+    assert {key: fake.asked[key] for key in settled_by_now} == settled_by_now
+    assert len(fake.asked) == 300
+    assert fake.asked.total() == 300 + lost
