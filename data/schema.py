@@ -178,7 +178,7 @@ def _describe(folder: Path, schema: pa.Schema) -> None:
     (folder / "dataset_info.json").write_text(
         json.dumps({"citation": "", "description": "", "features": _features(schema), "homepage": "", "license": ""})
     )
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": DATA_FILE}],
         "_fingerprint": "r1distill",
         "_format_columns": None,

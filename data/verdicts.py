@@ -128,8 +128,9 @@ def _filtered(one: Item, settings: VerdictSettings) -> dict[str, Finding]:
     if one.problem:
         return dict.fromkeys(CHECKS, unverifiable(one.problem))
     if one.state in ("failed", "refused"):
-        none = unverifiable("there is no text")
-        return dict.fromkeys(CHECKS, none) | {"format": failed(f"the request was {one.state}", (one.error or "")[:200])}
+        reason = "the request failed" if one.state == "failed" else "the teacher refused"
+        none = dict.fromkeys(CHECKS, unverifiable("there is no text"))
+        return none | {"format": failed(reason, (one.error or "")[:200])}
     text = f"{one.reasoning or ''}\n\n{one.response}" if one.reasoning or one.response else one.completion
     limits = settings.limits
     return {

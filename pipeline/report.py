@@ -136,7 +136,10 @@ def _next(run: Run, done: list[Done]) -> list[str]:
             f"  upload it (private)          HF_TOKEN=… r1distill publish --student {run.student.name} --to hub {last.artifact.path}",
         ]
     else:
-        lines.append(f"  go on                        make distill STUDENT={run.student.name}")
+        names = [f"STUDENT={run.student.name}"]
+        names += [f"TEACHER={run.teacher.name}"] if run.teacher.name != run.student.teacher else []
+        names += [f"PROMPTS={run.prompts.name}"] if run.prompts.name != run.teacher.prompts else []
+        lines.append(f"  go on                        make distill {' '.join(names)}")
     traces = next((item.artifact.path for item in done if item.step.stage.name == "traces"), None)
     if traces:
         lines.append(f"  look at the traces           r1distill inspect {traces}   (or data/notebooks/traces.ipynb)")

@@ -83,13 +83,13 @@ def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
                 "runtime": contender.runtime,
                 "seconds": seconds,
             }
-    gates = _gates(run, answers)
-    scores = {"benchmarks": benchmarks, "gates": gates}
+    verdicts_of_gates = gates(run, answers)
+    scores = {"benchmarks": benchmarks, "gates": verdicts_of_gates}
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     pq.write_table(pa.Table.from_pylist(answers, schema=ANSWER), out / "answers.parquet", compression="zstd")
     wrong = Counter(row["reason"] for row in answers if not row["correct"])
     correct = len(answers) - wrong.total()
-    failed = [gate["model"] for gate in gates if not gate["passed"]]
+    failed = [gate["model"] for gate in verdicts_of_gates if not gate["passed"]]
     return Result(len(answers), correct, dict(wrong), {"scores": scores}, failed, unit="answers")
 
 
@@ -206,18 +206,18 @@ def interval(means: list[float], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The checkpoint against base and teacher, each variant against the checkpoint on the same questions."""
-    gates = []
+    found: list[dict[str, Any]] = []
     by_model: dict[str, list[dict[str, Any]]] = {}
     for row in answers:
         by_model.setdefault(row["model"], []).append(row)
 
-    def gate(model: str, what: str, found: float, least: float, at_least: bool = True) -> None:
-        passed = found >= least if at_least else found <= least
-        sign = ">=" if at_least else "<="
-        message = f"{what}: {found:.1%}, the gate wants {sign} {least:.1%}"
-        gates.append({"name": what, "model": model, "passed": passed, "message": message})
+    def gate(model: str, what: str, value: float, limit: float, at_least: bool = True) -> None:
+        passed = value >= limit if at_least else value <= limit
+        sign = "at least" if at_least else "at most"
+        message = f"{what}: {value:.1%}, the gate wants {sign} {limit:.1%}"
+        found.append({"name": what, "model": model, "passed": passed, "message": message})
 
     student = by_model["student"]
     accuracy = {name: summary(rows)["accuracy"] for name, rows in by_model.items()}
@@ -229,12 +229,12 @@ def _gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name, settings in run.student.variants.items():
         keys = {(row["benchmark"], row["prompt_id"]) for row in by_model[name]}
         same = summary([row for row in student if (row["benchmark"], row["prompt_id"]) in keys])
-        found = summary(by_model[name])
-        recovered = found["accuracy"] / same["accuracy"] if same["accuracy"] else 1.0
+        its = summary(by_model[name])
+        recovered = its["accuracy"] / same["accuracy"] if same["accuracy"] else 1.0
         gate(name, "recovered accuracy", recovered, settings.gate.min_recovered)
-        rise = found["truncated"] - same["truncated"]
+        rise = its["truncated"] - same["truncated"]
         gate(name, "rise in truncation", rise, settings.gate.max_truncation_rise, at_least=False)
-    return gates
+    return found
 
 
 def _vllm(run: Run, folder: Path, name: str) -> VllmSpec:

@@ -174,7 +174,8 @@ def checkpoint(student: Student, hardware: Hardware, work: Workload) -> StagePla
     """Training: every device holds all states, or, where that is too much, they are sharded over all GPUs."""
     lora, context_tokens = student.sft.method.kind == "lora", student.packs.context_tokens
     name = f"{'LoRA' if lora else 'full'} training at {context_tokens:,} tokens"
-    job = TrainingJob(student.architecture, context_tokens, 1, lora, student.sft.gradient_checkpointing)
+    tokens_at_once = context_tokens * student.sft.packs_per_batch
+    job = TrainingJob(student.architecture, tokens_at_once, 1, lora, student.sft.gradient_checkpointing)
     rejected: list[str] = []
     for layout, memory, available in _training_layouts(job, hardware):
         device = "a GPU" if hardware.gpus else "the machine"

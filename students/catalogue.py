@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+
 from r1distill.data.config import Settings, execution
 from r1distill.data.models import ModelRef
 
@@ -108,6 +109,7 @@ class Sft(Settings):
     precision: Literal["bf16_autocast", "float32"] = "bf16_autocast"  # master weights are float32 in both
     seed: int = 0
     gradient_checkpointing: bool = execution(True)
+    packs_per_batch: int = execution(1, gt=0)  # packs that a process computes at once
     save_steps: int = execution(50, gt=0)
     launch: Launch = execution(Launch())
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from tqdm import tqdm
+
 from r1distill.data import models, schema
 from r1distill.data.result import Result
 from r1distill.students.catalogue import Student
 from r1distill.students.template import IGNORE, TEMPLATES, TOKENIZER_FILES, Unusable, encode, write_tokenizer
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -264,7 +264,7 @@ class Server:
         with self.log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 65536))
             lines = log.read().decode("utf-8", "replace").splitlines()
-        return "\n".join(line for line in lines if line.strip()).rsplit("\n", TAIL_LINES)[-1] or "(nothing)"
+        return "\n".join([line for line in lines if line.strip()][-TAIL_LINES:]) or "(nothing)"
 
     def _named(self) -> str:
         return f"the server of {self.spec.served_name}"

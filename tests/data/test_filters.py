@@ -34,7 +34,10 @@ def test_the_opening_tag_may_be_missing(completion):
         ("Okay.</think>One<think>Two", "a <think> or </think> too many"),
         ("Okay.</think>  \n", "the response is empty"),
         ("<think>\n\n</think>\n\nFour.", "the thinking is empty"),
-        ("Error after 6 attempts: Error code: 500 - {'error': {'message': 'Internal'}}", "an API error instead of an answer"),
+        (
+            "Error after 6 attempts: Error code: 500 - {'error': {'message': 'Internal'}}",
+            "an API error instead of an answer",
+        ),
         ("Error after 6 attempts: Expecting value: line 10 column 1 (char 9)", "an API error instead of an answer"),
         ('{"error": {"message": "rate limit", "code": 429}}', "an API error instead of an answer"),
         ("<html><body>502 Bad Gateway</body></html>", "an API error instead of an answer"),

@@ -29,8 +29,8 @@ def chat(content: str | None = "<think>\n2 + 2 = 4\n</think>\n\nIt is 4.", **cha
 class Misbehaving:
     """``scripts`` maps a question to what happens to it, one step for each time it is asked, then all is well.
 
-    A step: a status, (status, headers), (status, headers, body), "cut" (no answer), "half" (half a body), "garbage", a
-    number of seconds as "sleep 0.5", or a body.
+    A step: a status, (status, headers), (status, headers, body), a body, "cut" (no answer), "half" (half a body),
+    "garbage", "sleep 0.5" (seconds), "until 61" (that many have been asked).
     """
 
     def __init__(self) -> None:
@@ -87,9 +87,11 @@ class Misbehaving:
                 self.in_flight -= 1
 
     def _do(self, handler: BaseHTTPRequestHandler, step: Any) -> None:
-        if isinstance(step, str) and step.startswith("sleep "):
-            time.sleep(float(step.split()[1]))
-            step = None
+        word, _, value = step.partition(" ") if isinstance(step, str) else ("", "", "")
+        if word == "sleep":
+            time.sleep(float(value))
+        while word == "until" and self.asked.total() < int(value):
+            time.sleep(0.01)
         if step == "cut":
             handler.close_connection = True
             return

@@ -1,0 +1,84 @@
+"""The arithmetic of scores: means over k, intervals over questions, truncation counted, gates on the same questions."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from r1distill.pipeline.scores import gates, interval, summary
+from r1distill.students.catalogue import Gate, GgufVariant, VariantGate
+
+
+def answers(model: str, *questions: str, benchmark: str = "sums") -> list[dict]:
+    """One string a question: c correct, w wrong, t truncated."""
+    reasons = {"c": None, "w": "correctness: wrong answer", "t": "truncated"}
+    return [
+        {
+            "model": model,
+            "benchmark": benchmark,
+            "prompt_id": f"q{number}",
+            "sample": sample,
+            "correct": letter == "c",
+            "reason": reasons[letter],
+            "completion_tokens": 10,
+        }
+        for number, letters in enumerate(questions)
+        for sample, letter in enumerate(letters)
+    ]
+
+
+def test_accuracy_is_the_mean_over_questions_and_a_truncated_answer_is_wrong():
+    row = summary(answers("student", "cc", "cw", "ct", "ww"))
+    assert row["accuracy"] == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
+    assert row["truncated"] == pytest.approx(1 / 8)
+    assert (row["questions"], row["k"], row["mean_tokens"]) == (4, 2, 10)
+    assert row["low"] <= row["accuracy"] <= row["high"]
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    draw = np.random.default_rng(7)
+    covered = 0
+    for _ in range(200):
+        low, high = interval(list(draw.binomial(1, 0.7, 100).astype(float)))
+        covered += low <= 0.7 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_accuracy_does_not_change_in_expectation_with_k():
+    draw = np.random.default_rng(3)
+    means = {
+        k: np.mean([summary(answers("m", *("".join(draw.choice(["c", "w"], k, p=[p, 1 - p])) for p in (0.2, 0.9))))["accuracy"]
+                    for _ in range(400)])
+        for k in (1, 8)
+    }  # fmt: skip
+    assert means[1] == pytest.approx(means[8], abs=0.03)
+
+
+def run(**gate):
+    variant = GgufVariant(kind="gguf", gate=VariantGate(min_recovered=0.8, max_truncation_rise=0.1))
+    return SimpleNamespace(student=SimpleNamespace(gate=Gate(**gate), variants={"q4": variant}))
+
+
+def failed(found: list[dict]) -> set[str]:
+    return {gate["model"] for gate in found if not gate["passed"]}
+
+
+def test_a_variant_is_held_against_the_checkpoint_on_the_questions_that_it_was_asked():
+    student = answers("student", "cc", "cc", "ww", "ww")
+    base, teacher = answers("base", "ww", "ww", "ww", "ww"), answers("teacher", "cc", "cc", "cw", "ww")
+    good = gates(run(), base + teacher + student + answers("q4", "cc", "cc"))
+    assert not failed(good)
+    # Right on half of what the checkpoint gets right on the same questions: 50%, although the checkpoint has 50% overall.
+    assert failed(gates(run(), base + teacher + student + answers("q4", "cc", "ww"))) == {"q4"}
+    assert failed(gates(run(), base + teacher + student + answers("q4", "cc", "ct"))) == {"q4"}
+
+
+def test_the_checkpoint_fails_below_its_gain_or_its_share_of_the_teacher():
+    base, teacher = answers("base", "ww", "cw"), answers("teacher", "cc", "cc")
+    student, variant = answers("student", "cc", "ww"), answers("q4", "cc", "ww")
+    everything = base + teacher + student + variant
+    assert failed(gates(run(min_gain=0.25, min_share_of_teacher=0.5), everything)) == set()
+    assert failed(gates(run(min_gain=0.3), everything)) == {"checkpoint"}
+    assert failed(gates(run(min_share_of_teacher=0.8), everything)) == {"checkpoint"}

