@@ -1,30 +1,12 @@
-"""Benchmarks: held-out questions, how often each is asked, with which settings, and what judges the answers."""
+"""Benchmarks: their held-out questions."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
-
-from r1distill.data.config import Settings, execution
 from r1distill.data.errors import RequestError
 from r1distill.data.prompts import read_source
-from r1distill.data.sources import Source
-
-
-class Benchmark(Settings):
-    """One benchmark; ``configs/benchmarks/<name>.yaml``. Sampling settings are DeepSeek's unless its file says why not."""
-
-    name: str = execution()
-    title: str
-    source: Source
-    instruction: str | dict[str, str] = ""
-    k: int = Field(gt=0)  # samples a question
-    limit: int | None = None
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_tokens: int = 32768
-    seed: int | None = None
+from r1distill.data.settings import Benchmark
 
 
 def questions(benchmark: Benchmark) -> list[dict[str, Any]]:

@@ -57,14 +57,14 @@ class Facts:
                 f"---\n{meta}\n---\n",
                 f"# {self.title}",
                 "",
-                f"{self.rows:,} reasoning traces, {self.tokens:,} completion tokens. Every trace passed every required check;",
-                "the rejected ones and their reasons are counted below.",
+                f"{self.rows:,} reasoning traces, {self.tokens:,} completion tokens. Every trace passed every required",
+                "check; the rejected ones and their reasons are counted below.",
                 "",
                 *_table("Domain", self.domains.items()),
                 *_table("Source, licence", ((f"{s}, {lic}", n) for (s, lic), n in self.sources.items())),
                 *_table("Teacher, revision", ((f"{t}, {r}", n) for (t, r), n in self.teachers.items())),
                 *_table("Sampling", ((f"`{s}`", n) for s, n in self.samplings.items())),
-                *_table("Completion tokens, up to", ((_edge(e), self.lengths[e]) for e in sorted(self.lengths))),
+                *_table("Completion tokens, up to", ((edge_name(e), self.lengths[e]) for e in sorted(self.lengths))),
                 *_table("Not kept, because", self.rejected.most_common()),
                 "## Columns",
                 "",
@@ -79,7 +79,8 @@ class Facts:
         )
 
 
-def _edge(edge: int) -> str:
+def edge_name(edge: int) -> str:
+    """A bucket's upper edge in words."""
     return f"{edge:,}" if edge <= BUCKETS[-1] else f"over {BUCKETS[-1]:,}"
 
 

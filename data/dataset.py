@@ -9,27 +9,18 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from r1distill.data import cards, schema
-from r1distill.data.config import Settings
 from r1distill.data.errors import R1DistillError
 from r1distill.data.result import Result
-from r1distill.data.verdicts import CHECKS, VerdictSettings, overall
+from r1distill.data.settings import CHECKS, Selection, VerdictSettings
+from r1distill.data.verdicts import overall
 
 Key = tuple[str, int]
 SPLITS = ("train", "validation")
-
-
-class Selection(Settings):
-    """Which of a prompt's passing traces are kept, and how many prompts are set aside for validation."""
-
-    policy: Literal["first", "shortest", "all"] = "first"
-    per_prompt: int = Field(1, gt=0)  # at most so many of a prompt's traces; `all` keeps every one
-    validation_share: float = Field(0.02, ge=0, lt=1)  # of the prompts, by hash, so that it is stable as prompts are added
 
 
 def build(
@@ -45,8 +36,8 @@ def build(
 ) -> Result:
     """Write ``train`` and ``validation`` tables (TRAINING_ROW), their Parquet twins and the card.
 
-    Counts are of traces: a trace that its verdicts rejected counts under their first reason, one that passed and was not
-    needed under "not selected".
+    Counts are of traces: a trace that its verdicts rejected counts under their first reason, one that passed and was
+    not needed under "not selected".
     """
     trace_table = schema.read(traces, schema.TRACE)
     about = {row["prompt_id"]: row for row in schema.rows(schema.read(prompts, schema.PROMPT), _ABOUT)}
@@ -65,7 +56,9 @@ def build(
     for writer in writers.values():
         writer.close()
     if not kept.total():
-        raise R1DistillError(f"no trace passed its verdicts: {dict(rejected)}. Look at them: r1distill inspect {traces}")
+        raise R1DistillError(
+            f"no trace passed its verdicts: {dict(rejected)}. Look at them: r1distill inspect {traces}"
+        )
     schema.write_splits(out, list(SPLITS))
     _write_parquet(out)
     facts.rejected = rejected

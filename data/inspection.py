@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from r1distill.data import schema
-from r1distill.data.cards import BUCKETS
+from r1distill.data.cards import BUCKETS, edge_name
 from r1distill.data.dataset import outcomes_of
 from r1distill.data.errors import RequestError
 
@@ -99,13 +99,12 @@ class Traces:
 
     def describe(self) -> str:
         """Counts, reasons and lengths as text."""
-        bars = _bars({f"≤ {edge:,}" if edge <= BUCKETS[-1] else f"> {BUCKETS[-1]:,}": n for edge, n in self.lengths().items()})
+        bars = _bars({edge_name(edge): count for edge, count in self.lengths().items()})
         rates = list(self.pass_rates().values())
-        solved = [f"{sum(rate == 0 for rate in rates)} questions never right, {sum(rate == 1 for rate in rates)} always"]
-        return "\n".join(
-            [f"{len(self)} traces", *_lines(self.states()), "", "verdicts", *_lines(self.reasons()), *(solved if rates else [])]
-            + ["", "completion tokens", *bars]
-        )
+        never, always = sum(rate == 0 for rate in rates), sum(rate == 1 for rate in rates)
+        solved = [f"{never:,} questions never right, {always:,} always"] if rates else []
+        heads = [f"{len(self):,} traces", *_lines(self.states()), "", "verdicts", *_lines(self.reasons()), *solved]
+        return "\n".join([*heads, "", "completion tokens", *bars])
 
 
 def _lines(counts: dict[str, int]) -> list[str]:
@@ -114,7 +113,7 @@ def _lines(counts: dict[str, int]) -> list[str]:
 
 def _bars(counts: dict[str, int], width: int = 40) -> list[str]:
     most = max(counts.values(), default=1)
-    return [f"{name:>8} {count:>8,} {'█' * round(width * count / most)}" for name, count in counts.items()]
+    return [f"{name:>12} {count:>8,} {'█' * round(width * count / most)}" for name, count in counts.items()]
 
 
 def _sealed(folder: Path, fingerprint: str) -> list[Path]:

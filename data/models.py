@@ -158,7 +158,9 @@ def _dequantise(ref: PackageModel, out: Path) -> None:
     spec = importlib.util.find_spec(ref.package.replace("-", "_"))
     source = Path(next(iter(spec.submodule_search_locations or []))) if spec else None
     if source is None or not (source / ref.file).is_file():
-        raise RequestError(f"the package {ref.package} carries no file {ref.file}. Install the tested version: make setup")
+        raise RequestError(
+            f"the package {ref.package} carries no file {ref.file}. Install the tested version: make setup"
+        )
     config = GgufConfig(dequantize=True)
     # Merging in float32 keeps the adapter's small updates; bf16 would round many of them away.
     dtype = torch.float32 if ref.adapter else torch.bfloat16

@@ -9,40 +9,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import Field
+from typing import Any
 
 from r1distill.data import schema
-from r1distill.data.config import Settings, execution
-from r1distill.data.dataset import Selection
 from r1distill.data.errors import R1DistillError
 from r1distill.data.result import Result
+from r1distill.data.settings import Benchmark, PromptSet
 from r1distill.data.sources import ReasoningGymSource, Source, records, title
-from r1distill.data.verdicts import VerdictSettings
-
-if TYPE_CHECKING:
-    from r1distill.data.benchmarks import Benchmark
 
 Prompt = dict[str, Any]
-
-
-class Decontaminate(Settings):
-    """Which benchmarks the prompts are kept apart from, by id and by shared word n-grams (null: by id alone)."""
-
-    against: list[str] = []
-    ngram: int | None = Field(10, gt=0)  # the R1 paper's
-
-
-class PromptSet(Settings):
-    """The recipe of the data; ``configs/prompts/<name>.yaml``."""
-
-    name: str = execution()
-    sources: list[Source] = Field(min_length=1)
-    instruction: str | dict[str, str] = ""  # put behind the question, for all domains or by domain
-    decontaminate: Decontaminate = Decontaminate()
-    verdicts: VerdictSettings = VerdictSettings()
-    dataset: Selection = Selection()
 
 
 def normalise(question: str) -> str:

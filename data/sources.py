@@ -104,8 +104,8 @@ def _file(source: FileSource) -> Path:
     path = Path(source.path)
     if not path.is_file():
         raise RequestError(
-            f"there is no file {path} (seen from {Path.cwd()}). Give another: --set SECTION.source.path=FILE, or correct "
-            "'path' in the configuration."
+            f"there is no file {path} (seen from {Path.cwd()}). Give another: --set SECTION.source.path=FILE, or "
+            "correct 'path' in the configuration."
         )
     return path
 
@@ -130,8 +130,8 @@ def _hub_commit(source: HubSource) -> str:
         raise RequestError(f"there is no dataset {source.repo} on the Hub, or it is private: set HF_TOKEN.") from None
     except (HTTPError, OSError) as error:  # HTTPError: no connection, too; it is no OSError
         raise RequestError(
-            f"the Hub can't be asked for the dataset {source.repo} ({type(error).__name__}). Check the network, or pin the "
-            "40-digit commit as 'revision'."
+            f"the Hub can't be asked for the dataset {source.repo} ({type(error).__name__}). Check the network, or pin "
+            "the 40-digit commit as 'revision'."
         ) from None
 
 
@@ -172,8 +172,7 @@ def file_rows(path: Path) -> Iterator[Record | str]:
 
 
 def _json_rows(path: Path) -> Iterator[Record | str]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as lines:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         while True:
             try:
                 line = lines.readline()

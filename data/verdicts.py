@@ -10,38 +10,24 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from r1distill.data import schema, sources
-from r1distill.data.config import Settings, execution, nearest
+from r1distill.data.config import nearest
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.result import Result
+from r1distill.data.settings import CHECKS, CheckName, VerdictSettings
 from r1distill.data.thinking import CLOSE, OPEN, split_thinking
 from r1distill.data.verify import filters, math, pool
 from r1distill.data.verify.check import Finding, failed, unverifiable
-from r1distill.data.verify.filters import FilterSettings
 
-CheckName = Literal["format", "truncation", "correctness", "repetition", "language"]
-# In the order in which a trace's first reason is looked for: form before content.
-CHECKS: tuple[CheckName, ...] = ("format", "truncation", "correctness", "repetition", "language")
 VERSIONS = dict.fromkeys(CHECKS, filters.VERSION) | {"correctness": math.VERSION}
 TRACES_PER_CHUNK = 256
 
 VERIFIERS = {"math": math.examine}  # name → (response, reference, question) → Finding
-
-
-class VerdictSettings(Settings):
-    """Which checks a trace has to pass, and their thresholds."""
-
-    required: tuple[CheckName, ...] = CHECKS
-    keep_unverified: tuple[str, ...] = ()  # domains without a rule, whose unverifiable traces are kept
-    limits: FilterSettings = FilterSettings()
-    timeout_seconds: float = Field(10, gt=0)  # for one trace; then its process is killed
-    workers: int | None = execution(None)  # processes; null: one for each core, at most 16
 
 
 @dataclass(frozen=True)

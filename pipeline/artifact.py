@@ -127,7 +127,7 @@ def seal(partial: Path, path: Path, manifest: dict[str, Any]) -> Artifact:
         json.dump(manifest, handle, indent=1, ensure_ascii=False, sort_keys=True)
         handle.flush()
         os.fsync(handle.fileno())
-    os.rename(partial, path)
+    partial.rename(path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)

@@ -30,9 +30,15 @@ out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 StudentName = Annotated[str, typer.Option("--student", help="A name from configs/students, or a YAML file.")]
-TeacherName = Annotated[str | None, typer.Option("--teacher", help="A name from configs/teachers; default: the student's.")]
-PromptsName = Annotated[str | None, typer.Option("--prompts", help="A name from configs/prompts; default: the teacher's.")]
-HardwareName = Annotated[str | None, typer.Option("--hardware", help="A name from configs/hardware; default: this machine.")]
+TeacherName = Annotated[
+    str | None, typer.Option("--teacher", help="A name from configs/teachers; default: the student's.")
+]
+PromptsName = Annotated[
+    str | None, typer.Option("--prompts", help="A name from configs/prompts; default: the teacher's.")
+]
+HardwareName = Annotated[
+    str | None, typer.Option("--hardware", help="A name from configs/hardware; default: this machine.")
+]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change a setting: --set student.sft.epochs=2")]
 Json = Annotated[bool, typer.Option("--json", help="Answer as JSON, for scripts.")]
 
@@ -54,7 +60,6 @@ def distill(
     """Run the whole chain: prompts, traces, verdicts, dataset, packs, checkpoint, variants, scores, publication."""
     from r1distill.pipeline import plan, report, runner
     from r1distill.pipeline.run import Run
-    from r1distill.teacher import serve
 
     run = Run.load(student, teacher, prompts, hardware, changes or [])
     if dry_run:
@@ -151,12 +156,13 @@ def verify(
     """Judge completions that exist already: one row of verdicts for each row of the input, in order."""
     from r1distill.data import verdicts
     from r1distill.data.errors import RequestError
+    from r1distill.data.settings import VerdictSettings
     from r1distill.pipeline import report
 
     pairs = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
     if columns and len(pairs) != len(columns.split(",")):
         raise RequestError(f"--columns takes NAME=COLUMN,NAME=COLUMN…, found '{columns}'.")
-    totals = verdicts.verify_file(input, into, pairs, verifier, verdicts.VerdictSettings())
+    totals = verdicts.verify_file(input, into, pairs, verifier, VerdictSettings())
     report.show_totals(totals, into / "verdicts.parquet", out, as_json)
 
 

@@ -1,4 +1,4 @@
-"""Trains the embedded teacher's adapter: worked solutions go through the project's own stages like any recorded traces."""
+"""Trains the embedded teacher's adapter: worked solutions go through the project's own stages like recorded traces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from r1distill.data.config import ROOT, load
 from r1distill.data.errors import R1DistillError
-from r1distill.data.prompts import PromptSet
+from r1distill.data.settings import PromptSet
 from r1distill.data.sources import ReasoningGymSource
 from r1distill.pipeline import report, runner
 from r1distill.pipeline.run import Run, home_folder
@@ -38,7 +38,9 @@ def write_worked(prompts: PromptSet, file: Path) -> int:
             for index, item in enumerate(items):
                 completion = worked_solution(task, item)
                 if f"\\boxed{{{item['answer']}}}" not in completion:
-                    raise R1DistillError(f"the worked solution of {task} {index} does not end in its answer {item['answer']}.")
+                    raise R1DistillError(
+                        f"the worked solution of {task} {index} does not end in its answer {item['answer']}."
+                    )
                 rows.append(
                     {
                         "question": item["question"],
@@ -53,7 +55,7 @@ def write_worked(prompts: PromptSet, file: Path) -> int:
 
 
 def train(changes: Sequence[str], out: Console) -> None:
-    """Worked solutions → dataset → packs → LoRA → scores; then put the adapter where the teacher's file looks for it."""
+    """Worked solutions → dataset → packs → LoRA → scores; then put the adapter where the teacher's file wants it."""
     file = home_folder() / "embedded" / "worked.jsonl"
     out.print(f"{write_worked(load('prompts', 'worked-tasks', PromptSet), file)} worked solutions in {file}")
     paths = [f"teacher.source.path={file}", f"prompts.sources.0.path={file}"]
@@ -97,8 +99,8 @@ def card(run: Run, manifests: dict[str, dict[str, Any]]) -> str:
         "`<think>` about small arithmetic tasks of reasoning-gym and boxes its answer. It is right often and wrong",
         "sometimes, which is what a filter needs to be tried on. It is a teacher for demonstrations, not a good model.",
         "",
-        "Made by `make embedded-teacher` from solutions that `teacher/embedded/worked.py` writes, through the project's own",
-        f"stages: {manifests['dataset']['kept']:,} worked solutions, {getattr(method, 'kind', '')} of rank "
+        "Made by `make embedded-teacher` from solutions that `teacher/embedded/worked.py` writes, in the project's",
+        f"own stages: {manifests['dataset']['kept']:,} worked solutions, {getattr(method, 'kind', '')} of rank "
         f"{getattr(method, 'rank', '–')}, {run.student.sft.epochs} epochs at {run.student.sft.learning_rate:g}.",
         "",
         "| benchmark | model | accuracy | 95% interval | questions × k |",
@@ -112,5 +114,8 @@ def card(run: Run, manifests: dict[str, dict[str, Any]]) -> str:
                 f"| {row['questions']} × {row['k']} |"
             )
     versions = manifests["checkpoint"]["versions"]
-    lines += ["", "Trained with " + ", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers", "trl", "peft")) + "."]
+    lines += [
+        "",
+        "Trained with " + ", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers", "trl", "peft")) + ".",
+    ]
     return "\n".join(lines) + "\n"

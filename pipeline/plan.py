@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from r1distill.data.benchmarks import Benchmark
 from r1distill.data.config import names
 from r1distill.data.errors import RequestError
-from r1distill.data.prompts import PromptSet
+from r1distill.data.settings import Benchmark, PromptSet
 from r1distill.pipeline import estimate, stageplan
 from r1distill.pipeline.estimate import Memory
 from r1distill.pipeline.hardware import Hardware, detect, named

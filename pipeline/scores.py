@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from r1distill.data import models, verdicts
-from r1distill.data.benchmarks import Benchmark, questions
+from r1distill.data.benchmarks import questions
 from r1distill.data.prompts import user_message
 from r1distill.data.result import Result
+from r1distill.data.settings import Benchmark
 from r1distill.pipeline.run import Run
 from r1distill.teacher.ledger import Ledger
 from r1distill.teacher.sample import Request, sample

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
-from r1distill.data.benchmarks import Benchmark
 from r1distill.data.models import title
+from r1distill.data.settings import Benchmark
 from r1distill.pipeline import estimate, footprint
 from r1distill.pipeline.estimate import Memory, ServingLayout, TrainingJob
 from r1distill.pipeline.footprint import Footprint

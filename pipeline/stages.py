@@ -37,7 +37,11 @@ STAGES: list[Stage] = []
 
 
 def stage(
-    *, reads: tuple[str, ...] = (), version: int = 1, label: Callable[[Run], str], decides: Callable[[Run], dict[str, Any]]
+    *,
+    reads: tuple[str, ...] = (),
+    version: int = 1,
+    label: Callable[[Run], str],
+    decides: Callable[[Run], dict[str, Any]],
 ) -> Callable[[Callable[[Run, Inputs, Path], Result]], Callable[[Run, Inputs, Path], Result]]:
     """Append the decorated function to the chain."""
 
@@ -96,7 +100,11 @@ def dataset(run: Run, inputs: Inputs, out: Path) -> Result:
 # From here on each student has its own.
 
 
-@stage(reads=("dataset",), label=lambda run: run.student.name, decides=lambda run: run.identity_of_student("template", "packs"))
+@stage(
+    reads=("dataset",),
+    label=lambda run: run.student.name,
+    decides=lambda run: run.identity_of_student("template", "packs"),
+)
 def packs(run: Run, inputs: Inputs, out: Path) -> Result:
     """Exact token ids and loss mask in the student's template, packed to its context length."""
     from r1distill.students import packing
@@ -104,7 +112,11 @@ def packs(run: Run, inputs: Inputs, out: Path) -> Result:
     return packing.build(run.student, inputs["dataset"], out, run.home)
 
 
-@stage(reads=("packs",), label=lambda run: run.student.name, decides=lambda run: run.identity_of_student("sft", "architecture"))
+@stage(
+    reads=("packs",),
+    label=lambda run: run.student.name,
+    decides=lambda run: run.identity_of_student("sft", "architecture"),
+)
 def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
     """The fine-tuned student: full, or LoRA merged."""
     from r1distill.students import sft
@@ -112,7 +124,9 @@ def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
     return sft.build(run.student, inputs["packs"], out, run.home)
 
 
-@stage(reads=("dataset", "checkpoint"), label=lambda run: run.student.name, decides=lambda run: run.identity_of_variants())
+@stage(
+    reads=("dataset", "checkpoint"), label=lambda run: run.student.name, decides=lambda run: run.identity_of_variants()
+)
 def variants(run: Run, inputs: Inputs, out: Path) -> Result:
     """Quantised forms of the checkpoint, checked statically; nothing is served here."""
     from r1distill.students import quantise
@@ -120,7 +134,9 @@ def variants(run: Run, inputs: Inputs, out: Path) -> Result:
     return quantise.build(run.student, inputs["checkpoint"], inputs["dataset"], out)
 
 
-@stage(reads=("checkpoint", "variants"), label=lambda run: run.student.name, decides=lambda run: run.identity_of_scores())
+@stage(
+    reads=("checkpoint", "variants"), label=lambda run: run.student.name, decides=lambda run: run.identity_of_scores()
+)
 def scores(run: Run, inputs: Inputs, out: Path) -> Result:
     """Base, teacher, student and each variant served, sampled and judged; the gates' verdicts."""
     from r1distill.pipeline import scores

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from r1distill.data.benchmarks import Benchmark
-from r1distill.data.prompts import PromptSet
+from r1distill.data.settings import Benchmark, PromptSet
 from r1distill.data.sources import HubSource, ReasoningGymSource, Source
 from r1distill.students.catalogue import Student
 from r1distill.teacher.settings import RecordedTeacher, Teacher

@@ -30,8 +30,8 @@ def model_card(story: Story) -> str:
             f"---\n{_metadata(story)}\n---\n",
             f"# {student.publication.repository}",
             "",
-            f"`{lineage['base']}` fine-tuned on {data['kept']:,} verified reasoning traces of `{lineage['teacher']}`. It thinks",
-            "between `<think>` and `</think>` and then answers; the generation prompt opens the thinking.",
+            f"`{lineage['base']}` fine-tuned on {data['kept']:,} verified reasoning traces of `{lineage['teacher']}`.",
+            "It thinks between `<think>` and `</think>` and then answers; the generation prompt opens the thinking.",
             "",
             *([student.publication.notice, ""] if student.publication.notice else []),
             *_scores(story),
@@ -41,8 +41,8 @@ def model_card(story: Story) -> str:
             *_lineage(story),
             "## Limits",
             "",
-            "It was trained on one teacher's traces that passed the checks counted in the dataset's card, and scored on the",
-            "benchmarks above and no others. What it says outside those domains is not measured.",
+            "It was trained on one teacher's traces that passed the checks counted in the dataset's card, and scored on",
+            "the benchmarks above and no others. What it says outside those domains is not measured.",
             "",
         ]
     )
@@ -78,8 +78,8 @@ def _scores(story: Story) -> list[str]:
             "|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {model} | {row['accuracy']:.1%} | {row['low']:.1%} – {row['high']:.1%} | {row['questions']} × {row['k']} "
-            f"| {row['truncated']:.1%} | {row['mean_tokens']:.0f} |"
+            f"| {model} | {row['accuracy']:.1%} | {row['low']:.1%} – {row['high']:.1%} "
+            f"| {row['questions']} × {row['k']} | {row['truncated']:.1%} | {row['mean_tokens']:.0f} |"
             for model, row in bench["models"].items()
         ]
         lines.append("")
@@ -90,13 +90,17 @@ def _variants(story: Story) -> list[str]:
     if not story.student.variants:
         return []
     sizes = {
-        model: row["size_bytes"] for bench in story.scores["benchmarks"].values() for model, row in bench["models"].items()
+        model: row["size_bytes"]
+        for bench in story.scores["benchmarks"].values()
+        for model, row in bench["models"].items()
     }
     lines = ["## Variants", "", "| variant | kind | size | where |", "|---|---|---|---|"]
     for name in story.published:
         kind = story.student.variants[name].kind
         lines.append(f"| {name} | {kind} | {(sizes.get(name) or 0) / 1e6:,.1f} MB | `variants/{name}` |")
-    lines += [f"| {name} | {story.student.variants[name].kind} | | withheld: {why} |" for name, why in story.withheld.items()]
+    lines += [
+        f"| {name} | {story.student.variants[name].kind} | | withheld: {why} |" for name, why in story.withheld.items()
+    ]
     return [*lines, ""]
 
 
@@ -106,8 +110,8 @@ def _running(story: Story) -> list[str]:
     lines = [
         "## How to run it",
         "",
-        "Sample with temperature 0.6; greedy decoding makes reasoning loop. Give no system prompt. For mathematics, end the",
-        "question with: Please reason step by step, and put your final answer within \\boxed{}.",
+        "Sample with temperature 0.6; greedy decoding makes reasoning loop. Give no system prompt. For mathematics,",
+        "end the question with: Please reason step by step, and put your final answer within \\boxed{}.",
         "",
         "```",
         f"vllm serve {repository} --max-model-len {context}",

@@ -37,7 +37,9 @@ def build(student: Student, inputs: dict[str, Path], out: Path, *, lineage: dict
         _link(inputs["variants"] / name, out / "model" / "variants" / name)
     _link(inputs["dataset"] / "parquet", out / "dataset" / "parquet")
     shutil.copy(inputs["dataset"] / "README.md", out / "dataset" / "README.md")
-    story = Story(student, lineage, manifests, scores, published, {n: w for n, w in failed.items() if n in student.variants})
+    story = Story(
+        student, lineage, manifests, scores, published, {n: w for n, w in failed.items() if n in student.variants}
+    )
     (out / "model" / "README.md").write_text(model_card(story), encoding="utf-8")
     shutil.copy(inputs["scores"] / "scores.json", out / "model" / "scores.json")
     _refuse_secrets(out)
@@ -91,7 +93,10 @@ def upload(folder: Path, student: Student, *, private: bool = True) -> Iterator[
         try:
             url = api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
             api.upload_folder(
-                repo_id=url.repo_id, repo_type=kind, folder_path=folder / kind, commit_message=f"r1distill: {folder.name}"
+                repo_id=url.repo_id,
+                repo_type=kind,
+                folder_path=folder / kind,
+                commit_message=f"r1distill: {folder.name}",
             )
         except HfHubHTTPError as error:
             raise R1DistillError(

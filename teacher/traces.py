@@ -46,7 +46,9 @@ def build(teacher: Teacher, prompts: Path, out: Path, home: Path, instruction: s
 def identity_of(teacher: VllmTeacher | EndpointTeacher) -> dict[str, Any]:
     """Who answers, as the ledger's keys and the rows' ``teacher_revision`` have it."""
     if isinstance(teacher, VllmTeacher):
-        name = None if isinstance(teacher.model, models.FolderModel) else models.title(teacher.model)  # a path says nothing
+        name = (
+            None if isinstance(teacher.model, models.FolderModel) else models.title(teacher.model)
+        )  # a path says nothing
         return {"model": name, "revision": models.revision(teacher.model)}
     return {"base_url": teacher.base_url, "model": teacher.model, "revision": teacher.revision}
 

@@ -68,7 +68,10 @@ def test_overrides_reach_into_nested_settings(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sft:\n  method: {kind: full}\n  epoch: 3\n", r"bad\.yaml:3: unknown key 'sft\.epoch'\. Did you mean 'epochs'"),
+        (
+            "sft:\n  method: {kind: full}\n  epoch: 3\n",
+            r"bad\.yaml:3: unknown key 'sft\.epoch'\. Did you mean 'epochs'",
+        ),
         ("sft:\n  method:\n    kind: lora\n    rang: 3\n", r"bad\.yaml:4: .*'sft\.method\.rang'\. Did you mean 'rank'"),
         ("sft:\n  method: {kind: full, rank: 3}\n", r"bad\.yaml:2: unknown key 'sft\.method\.rank'"),
         ("sft:\n  method: {kind: full}\n  epochs: many\n", r"bad\.yaml:3: 'sft\.epochs': .*found 'many'"),

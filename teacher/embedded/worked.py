@@ -11,6 +11,7 @@ from typing import Any
 
 Item = Mapping[str, Any]
 
+
 def _finish(lines: list[str], answer: int) -> str:
     """Join the steps and close them with the response."""
     steps = "\n".join(lines)

@@ -70,7 +70,8 @@ def test_plan_answers_as_json_and_exits_2_where_it_does_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "--hardware", "laptop"], ["status"], ["distill", "--dry-run"], ["distill", "--help"]]
+    "arguments",
+    [["--help"], ["plan", "--hardware", "laptop"], ["status"], ["distill", "--dry-run"], ["distill", "--help"]],
 )
 def test_quick_commands_import_neither_torch_nor_vllm(tmp_path, arguments):
     code = (
@@ -96,7 +97,7 @@ def test_dry_run_names_every_stage_and_builds_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [row["stage"] for row in rows] == (
-        "prompts traces verdicts dataset packs checkpoint variants scores publication".split()
+        ["prompts", "traces", "verdicts", "dataset", "packs", "checkpoint", "variants", "scores", "publication"]
     )
     assert {row["state"] for row in rows} == {"missing"}
     assert not (tmp_path / "runs").exists()

@@ -99,7 +99,7 @@ def running(folder: Path) -> list[str]:
 
 
 def kill_in(folder: Path, stage: str, after_seconds: float) -> bool:
-    """Start the chain and SIGKILL it, and nothing else, in the middle of a stage; False where the stage was too quick."""
+    """Start the chain and SIGKILL it alone in the middle of a stage; False where the stage was too quick."""
     process = start(folder)
     home = folder / "home" / stage
     while process.poll() is None and not list(home.glob(".*.partial")):
@@ -146,7 +146,7 @@ def test_killed_in_every_stage_the_chain_finishes_and_asks_nothing_twice(workpla
     traces = schema.read(Path(report["stages"]["traces"]["path"]), schema.TRACE)
     keys = list(zip(traces["prompt_id"].to_pylist(), traces["sample"].to_pylist(), strict=True))
     assert len(keys) == len(set(keys)) == report["stages"]["traces"]["read"]
-    assert not [path for path in home.rglob("*.partial")]
+    assert not list(home.rglob("*.partial"))
 
     bench = report["scores"]["benchmarks"]["sums"]["models"]
     assert set(bench) == {"base", "teacher", "student", "q4_k_m", "int8"}
@@ -172,13 +172,14 @@ def test_the_same_command_again_builds_nothing(workplace):
 def test_held_out_questions_share_none_with_the_training_prompts(tmp_path):
     """The real prompts of `make distill` against the real benchmark, through the real stage."""
     from r1distill.data import prompts
-    from r1distill.data.benchmarks import Benchmark, questions
+    from r1distill.data.benchmarks import questions
     from r1distill.data.config import load
+    from r1distill.data.settings import Benchmark, PromptSet
 
     student = load("students", "smollm2-135m", Student)
     held_out = [load("benchmarks", name, Benchmark) for name in student.benchmarks]
     for name in ("arithmetic", "worked-tasks"):
-        settings = load("prompts", name, prompts.PromptSet)
+        settings = load("prompts", name, PromptSet)
         result = prompts.build(settings, held_out, tmp_path / name)
         result.check("prompts")
         trained_on = set(schema.read(tmp_path / name, schema.PROMPT)["question"].to_pylist())

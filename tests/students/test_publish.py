@@ -13,7 +13,13 @@ from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.students import publish
 from r1distill.students.catalogue import Student
 
-LINEAGE = {"student": "smollm2-135m", "base": "base", "base_revision": "1", "teacher": "embedded", "prompts": "arithmetic"}
+LINEAGE = {
+    "student": "smollm2-135m",
+    "base": "base",
+    "base_revision": "1",
+    "teacher": "embedded",
+    "prompts": "arithmetic",
+}
 ROW = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "questions": 10, "k": 2, "truncated": 0.0, "mean_tokens": 40.0,
        "size_bytes": 1_000_000, "runtime": "vllm", "seconds": 1.0}  # fmt: skip
 
@@ -44,7 +50,7 @@ def inputs(tmp_path, student) -> dict[str, Path]:
 
 
 def write_gates(folders: dict[str, Path], student: Student, failed: str | None = None) -> None:
-    models = {name: ROW for name in ("base", "teacher", "student", *student.variants)}
+    models = dict.fromkeys(("base", "teacher", "student", *student.variants), ROW)
     gates = [
         {"name": "recovered accuracy", "model": name, "passed": name != failed, "message": "recovered accuracy: 50.0%"}
         for name in ("checkpoint", *student.variants)

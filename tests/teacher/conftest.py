@@ -23,7 +23,11 @@ def chat(content: str | None = "<think>\n2 + 2 = 4\n</think>\n\nIt is 4.", **cha
     model = changes.pop("model", "fake-1")
     usage = changes.pop("usage", {"prompt_tokens": 10, "completion_tokens": 20})
     message = {"role": "assistant", "content": content, **changes}
-    return {"model": model, "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}], "usage": usage}
+    return {
+        "model": model,
+        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}],
+        "usage": usage,
+    }
 
 
 class Misbehaving:

@@ -16,7 +16,9 @@ import pytest
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.teacher.ledger import Exchange, Ledger, digest
 
-EXCHANGE = Exchange("k", "s", "done", None, '{"model": "m"}', b"body \x00 \xff", 1, 0.5, "0.001", "2026-01-01T00:00:00+00:00")
+EXCHANGE = Exchange(
+    "k", "s", "done", None, '{"model": "m"}', b"body \x00 \xff", 1, 0.5, "0.001", "2026-01-01T00:00:00+00:00"
+)
 
 
 def test_what_is_put_is_found_again_by_another_process_of_the_same_home(tmp_path):

@@ -23,7 +23,12 @@ def test_thinking_inside_the_content(chat):
     reply = read(chat("<think>\nso\n</think>\n\nIt is 4."))
     assert parts(reply) == ("so", "It is 4.", "done")
     assert reply.completion == "<think>\nso\n</think>\n\nIt is 4."
-    assert (reply.model, reply.prompt_tokens, reply.completion_tokens, reply.reasoning_tokens) == ("fake-1", 10, 20, None)
+    assert (reply.model, reply.prompt_tokens, reply.completion_tokens, reply.reasoning_tokens) == (
+        "fake-1",
+        10,
+        20,
+        None,
+    )
 
 
 def test_thinking_whose_opening_tag_was_in_the_prompt(chat):

@@ -26,9 +26,7 @@ def states(order, ledger):
 
 def test_rows_come_in_order_and_have_all_that_a_trace_has(fake, ledger, order, client):
     wanted = order(["a", "b"], samples=2)
-    found = list(
-        sample(fake.endpoint(), wanted.requests, wanted.sampling, ledger, client, identity=wanted.identity)
-    )
+    found = list(sample(fake.endpoint(), wanted.requests, wanted.sampling, ledger, client, identity=wanted.identity))
     assert [(row["prompt_id"], row["sample"]) for row in found] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     row = found[0]
     assert row.keys() == set(TRACE.names)
@@ -76,7 +74,16 @@ def test_a_question_that_stands_twice_is_asked_once(fake, ledger, order, client)
 
 @pytest.mark.parametrize(
     "script",
-    [[500], [429], [503, 500], ["cut"], ["half"], ["garbage"], [(429, {"retry-after": "0"})], ["cut", "half", "garbage"]],
+    [
+        [500],
+        [429],
+        [503, 500],
+        ["cut"],
+        ["half"],
+        ["garbage"],
+        [(429, {"retry-after": "0"})],
+        ["cut", "half", "garbage"],
+    ],
     ids=str,
 )
 def test_what_passes_is_asked_again_until_it_is_answered(fake, ledger, order, client, script):
@@ -190,7 +197,9 @@ def test_a_server_that_answers_nothing_is_not_asked_for_everything(fake, ledger,
 
 
 def test_a_budget_is_never_overdrawn_and_its_end_is_told(fake, ledger, order, client):
-    price = Price(input=Decimal(0), output=Decimal(1000))  # 20 tokens of the 100 that an answer may have: 0.02 of 0.1 USD
+    price = Price(
+        input=Decimal(0), output=Decimal(1000)
+    )  # 20 tokens of the 100 that an answer may have: 0.02 of 0.1 USD
     rich = fake.endpoint(price=price, budget_usd=Decimal("0.5"))
     wanted = order([str(number) for number in range(50)])
     with pytest.raises(R1DistillError, match=r"the budget of 0\.5 USD is used up: 0\.42\d* USD spent"):

@@ -119,7 +119,10 @@ def test_a_server_that_dies_at_its_start_shows_the_end_of_its_log(tmp_path):
 
 def test_a_server_that_does_not_answer_in_time_is_ended(gguf, tmp_path):
     before = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")}
-    with pytest.raises(R1DistillError, match="doesn't answer after 0 s"), serving(spec(gguf, start_seconds=0), tmp_path):
+    with (
+        pytest.raises(R1DistillError, match="doesn't answer after 0 s"),
+        serving(spec(gguf, start_seconds=0), tmp_path),
+    ):
         pass
     time.sleep(0.2)
     started = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")} - before
@@ -156,7 +159,11 @@ def test_no_server_outlives_us(gguf, tmp_path, end):
 def test_stubborn_children_are_killed_with_their_server(tmp_path):
     """A server that ignores SIGTERM, with a child that does too."""
     stubborn = "import signal, time, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork(); time.sleep(600)"
-    watch = [sys.executable, "-c", "import r1distill.teacher.watch as w, sys; w.GRACE_SECONDS = 0.5; w.main(int(sys.argv[1]), sys.argv[2:])"]
+    watch = [
+        sys.executable,
+        "-c",
+        "import r1distill.teacher.watch as w, sys; w.GRACE_SECONDS = 0.5; w.main(int(sys.argv[1]), sys.argv[2:])",
+    ]
     watcher = subprocess.Popen([*watch, str(os.getpid()), sys.executable, "-c", stubborn], start_new_session=True)
     while len(session(watcher.pid)) < 3:
         time.sleep(0.05)

@@ -38,7 +38,14 @@ def read(out: Path) -> list[dict]:
 def teacher(fake):
     def make(**changes) -> EndpointTeacher:
         client = {"in_flight": 4, "attempts": 2, "backoff_seconds": 0.01, "timeout_seconds": 20}
-        values = {"kind": "endpoint", "name": "t", "prompts": "p", "base_url": fake.url, "model": "fake", "client": client}
+        values = {
+            "kind": "endpoint",
+            "name": "t",
+            "prompts": "p",
+            "base_url": fake.url,
+            "model": "fake",
+            "client": client,
+        }
         sampling = {"max_tokens": 50, "samples": changes.pop("samples", 2)}
         return EndpointTeacher.model_validate({**values, "sampling": sampling, **changes})
 
@@ -81,7 +88,9 @@ def test_nothing_is_needed_where_the_ledger_has_it_all(fake, teacher, tmp_path, 
 def test_too_many_failures_are_told_and_only_they_are_asked_again(fake, teacher, tmp_path):
     fake.scripts["b"] = [500] * 4
     prompts = table_of_prompts(tmp_path / "prompts", ["a", "b", "c"])
-    with pytest.raises(R1DistillError, match=r"(?s)2 of 6 requests to 't' failed, .*\(1\.0%\):\n +2 x HTTP 500: as scripted"):
+    with pytest.raises(
+        R1DistillError, match=r"(?s)2 of 6 requests to 't' failed, .*\(1\.0%\):\n +2 x HTTP 500: as scripted"
+    ):
         traces.build(teacher(), prompts, tmp_path / "out", tmp_path / "home", "")
     result = traces.build(teacher(), prompts, tmp_path / "out", tmp_path / "home", "")
     assert (result.kept, result.metrics["asked_now"]) == (6, 2)
@@ -134,7 +143,12 @@ def test_recorded_rows_become_traces_and_all_are_accounted_for(tmp_path):
     }
     assert result.metrics["prompts_without_a_trace"] == 1
     first, second, empty = read(tmp_path / "out")
-    assert (first["prompt_id"], first["sample"], first["reasoning"], first["response"]) == (prompt_id("a"), 0, "so", "4")
+    assert (first["prompt_id"], first["sample"], first["reasoning"], first["response"]) == (
+        prompt_id("a"),
+        0,
+        "so",
+        "4",
+    )
     assert (second["sample"], second["state"], second["completion_tokens"]) == (1, "truncated", 7)
     assert (empty["state"], empty["error"]) == ("failed", "an empty completion")
     assert json.loads(first["request_text"]) == [{"role": "user", "content": "a"}]

@@ -58,7 +58,9 @@ def processes(leader: int) -> list[str]:
 def test_answers_are_sampled_as_asked(served, ledger):
     _, _, endpoint = served
     requests = [
-        Request(str(n), sample, [{"role": "user", "content": f"What is {n} + {n}?"}]) for n in range(8) for sample in (0, 1)
+        Request(str(n), sample, [{"role": "user", "content": f"What is {n} + {n}?"}])
+        for n in range(8)
+        for sample in (0, 1)
     ]
     order = Order(requests, Sampling(top_p=1.0, max_tokens=16, samples=2, seed=3), {"revision": "v1"})
     done = ask(order, endpoint, ledger, Client(in_flight=16, timeout_seconds=300))
@@ -85,7 +87,7 @@ def test_a_question_that_is_too_long_fails_alone(served, ledger):
 def test_nothing_of_it_outlives_us(served):
     """The last of these tests: our process is killed, and the API server and its engine end with it."""
     ours, leader, _ = served
-    assert any("EngineCore" in name for name in processes(leader))
+    assert any(name.startswith("VLLM::Engine") for name in processes(leader))
     ours.send_signal(signal.SIGKILL)
     ours.wait()
     deadline = time.monotonic() + 30
