@@ -112,10 +112,10 @@ def _correctness(one: Item) -> Finding:
 def _filtered(one: Item, settings: VerdictSettings) -> dict[str, Finding]:
     """The checks of form; what never came back fails in its format alone."""
     if one.problem:
-        return dict.fromkeys(CHECKS, unverifiable(one.problem))
+        return {check: unverifiable(one.problem) for check in CHECKS}
     if one.state in ("failed", "refused"):
         reason = "the request failed" if one.state == "failed" else "the teacher refused"
-        none = dict.fromkeys(CHECKS, unverifiable("there is no text"))
+        none: dict[str, Finding] = dict.fromkeys(CHECKS, unverifiable("there is no text"))
         return none | {"format": failed(reason, (one.error or "")[:200])}
     text = f"{one.reasoning or ''}\n\n{one.response}" if one.reasoning or one.response else one.completion
     limits = settings.limits
@@ -303,7 +303,7 @@ def _recorded(number: int, row: dict[str, Any] | str, names: dict[str, str], ver
     completion = values["completion"]
     if completion is None:
         thinking = f"{OPEN}{values['reasoning']}{CLOSE}" if values["reasoning"] is not None else ""
-        completion = thinking + values["response"]
+        completion = thinking + (values["response"] or "")
     reasoning, response = split_thinking(completion, opened=True)
     reference = values["reference_answer"]
     return Item(

@@ -22,12 +22,12 @@ from r1distill.data import models, verdicts
 from r1distill.data.benchmarks import questions
 from r1distill.data.prompts import user_message
 from r1distill.data.result import Result
-from r1distill.data.settings import Benchmark
+from r1distill.data.settings import Benchmark, VerdictSettings
 from r1distill.pipeline.run import Run
 from r1distill.teacher.ledger import Ledger
-from r1distill.teacher.sample import Request, sample
-from r1distill.teacher.serve import Endpoint, LlamaSpec, VllmSpec, serving, spec_of
-from r1distill.teacher.settings import Client, Sampling
+from r1distill.teacher.sample import Order, Request, ask, pending, rows
+from r1distill.teacher.serve import LlamaSpec, VllmSpec, serving, spec_of
+from r1distill.teacher.settings import Client, RecordedTeacher, Sampling, VllmTeacher
 
 BOOTSTRAPS = 2000
 PLAIN_TEMPLATE = "{{ messages[-1]['content'] }}\n"  # for base models that have no chat template
@@ -76,10 +76,10 @@ def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
             judged = _judged(run, contender)
             part.with_suffix(".new").write_text(json.dumps(judged))
             part.with_suffix(".new").rename(part)
-        for name, (rows, seconds) in json.loads(part.read_text()).items():
-            answers += rows
+        for name, (found, seconds) in json.loads(part.read_text()).items():
+            answers += found
             benchmarks[name]["models"][contender.name] = {
-                **summary(rows),
+                **summary(found),
                 "size_bytes": contender.size_bytes,
                 "runtime": contender.runtime,
                 "seconds": seconds,
@@ -119,50 +119,59 @@ def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender
 
 
 def _judged(run: Run, contender: Contender) -> dict[str, tuple[list[dict[str, Any]], float]]:
-    """Rows of ANSWER and the seconds it took, for each benchmark, from one server."""
-    judged = {}
-    with serving(contender.spec or run.teacher, run.home / "logs") as endpoint:
-        for bench in run.benchmarks:
-            began = time.monotonic()
-            rows = _answers(run, contender, endpoint, bench)
-            judged[bench.name] = (rows, round(time.monotonic() - began, 2))
-    return judged
-
-
-def _answers(run: Run, contender: Contender, endpoint: Endpoint, bench: Benchmark) -> list[dict[str, Any]]:
-    asked = {row["prompt_id"]: row for row in questions(bench)[: contender.limit]}
-    requests = [
-        Request(key, number, [{"role": "user", "content": user_message(row, bench.instruction)}])
-        for key, row in asked.items()
-        for number in range(bench.k)
-    ]
-    sampling = Sampling(
-        temperature=bench.temperature, top_p=bench.top_p, max_tokens=bench.max_tokens, samples=bench.k, seed=bench.seed
-    )
+    """Rows of ANSWER and the seconds it took, for each benchmark; one server for all, none where nothing is to be asked."""
+    asked = {bench.name: _Asked(bench, contender) for bench in run.benchmarks}
+    seconds = dict.fromkeys(asked, 0.0)
     with Ledger(run.home / "ledger") as ledger:
-        rows = sample(
-            endpoint,
-            requests,
-            sampling,
-            ledger,
-            Client(),
-            identity={"purpose": "scores", "model": contender.name, "revision": contender.revision},
-            opens_thinking=contender.opens_thinking,
-            title=f"{contender.name} on {bench.name}",
+        if any(pending(one.order, ledger) for one in asked.values()):
+            spec = contender.spec or run.teacher
+            assert not isinstance(spec, VllmTeacher | RecordedTeacher)
+            with serving(spec, run.home / "logs") as endpoint:
+                for name, one in asked.items():
+                    took = ask(one.order, endpoint, ledger, Client(), f"{contender.name} on {name}")
+                    seconds[name] = took["seconds"]
+        traces = {name: list(rows(one.order, ledger)) for name, one in asked.items()}
+    rules = run.prompts.verdicts
+    return {name: (_answers(contender, asked[name], traces[name], rules), seconds[name]) for name in asked}
+
+
+class _Asked:
+    """A benchmark's questions and what a contender is asked of them."""
+
+    def __init__(self, benchmark: Benchmark, contender: Contender):
+        self.name = benchmark.name
+        self.questions = {row["prompt_id"]: row for row in questions(benchmark)[: contender.limit]}
+        requests = [
+            Request(key, number, [{"role": "user", "content": user_message(row, benchmark.instruction)}])
+            for key, row in self.questions.items()
+            for number in range(benchmark.k)
+        ]
+        sampling = Sampling(
+            temperature=benchmark.temperature,
+            top_p=benchmark.top_p,
+            max_tokens=benchmark.max_tokens,
+            samples=benchmark.k,
+            seed=benchmark.seed,
         )
-        traces = list(rows)
-    items = [verdicts.item(asked[trace["prompt_id"]], trace) for trace in traces]
+        identity = {"purpose": "scores", "model": contender.name, "revision": contender.revision}
+        self.order = Order(requests, sampling, identity, contender.opens_thinking)
+
+
+def _answers(
+    contender: Contender, asked: _Asked, traces: list[dict[str, Any]], rules: VerdictSettings
+) -> list[dict[str, Any]]:
+    items = [verdicts.item(asked.questions[trace["prompt_id"]], trace) for trace in traces]
     return [
         {
             "model": contender.name,
-            "benchmark": bench.name,
+            "benchmark": asked.name,
             "prompt_id": judged.item.prompt_id,
             "sample": judged.item.sample,
             "completion": judged.item.completion,
             **_correct(judged),
             "completion_tokens": trace["completion_tokens"] or 0,
         }
-        for judged, trace in zip(verdicts.judge(run.prompts.verdicts, items), traces, strict=True)
+        for judged, trace in zip(verdicts.judge(rules, items), traces, strict=True)
     ]
 
 
@@ -175,24 +184,24 @@ def _correct(judged: verdicts.Judged) -> dict[str, Any]:
     return {"correct": right, "reason": None if right else f"correctness: {verdict['reason']}"}
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy with its bootstrap 95% interval over questions, truncation rate and mean tokens of ANSWER rows."""
-    means = _question_means(rows)
+    means = _question_means(answers)
     low, high = interval(list(means.values()))
     return {
         "accuracy": sum(means.values()) / len(means),
         "low": low,
         "high": high,
         "questions": len(means),
-        "k": len(rows) // len(means),
-        "truncated": sum(row["reason"] == "truncated" for row in rows) / len(rows),
-        "mean_tokens": sum(row["completion_tokens"] for row in rows) / len(rows),
+        "k": len(answers) // len(means),
+        "truncated": sum(row["reason"] == "truncated" for row in answers) / len(answers),
+        "mean_tokens": sum(row["completion_tokens"] for row in answers) / len(answers),
     }
 
 
-def _question_means(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _question_means(answers: list[dict[str, Any]]) -> dict[str, float]:
     by_question: dict[str, list[bool]] = {}
-    for row in rows:
+    for row in answers:
         by_question.setdefault(row["prompt_id"], []).append(row["correct"])
     return {key: sum(values) / len(values) for key, values in by_question.items()}
 

@@ -41,7 +41,7 @@ def model_card(story: Story) -> str:
             *_lineage(story),
             "## Limits",
             "",
-            "It was trained on one teacher's traces that passed the checks counted in the dataset's card, and scored on",
+            "It was trained on one teacher's traces that passed the checks in the dataset's card, and scored on",
             "the benchmarks above and no others. What it says outside those domains is not measured.",
             "",
         ]

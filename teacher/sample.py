@@ -10,12 +10,12 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from r1distill.data.errors import R1DistillError
 from r1distill.teacher.ledger import Exchange, Ledger, digest
@@ -24,6 +24,7 @@ from r1distill.teacher.serve import Endpoint
 from r1distill.teacher.settings import Client, Sampling
 
 LONGEST_BACKOFF_SECONDS = 60.0
+COST_STEP = Decimal("1e-9")  # US dollars, as the traces table holds them
 FEWEST_FAILURES_TO_GIVE_UP = 20  # in a row; never fewer than there are requests in flight
 
 
@@ -36,14 +37,18 @@ class Request:
     messages: list[dict[str, str]]
 
 
+class Requests(Protocol):
+    """Requests that can be counted, and gone through more than once."""
+
+    def __iter__(self) -> Iterator[Request]: ...
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Order:
-    """Requests to one model with one set of settings. ``identity`` names the model and its revision, JSON values.
+    """Requests to one model with one set of settings. ``identity`` names the model and its revision, in JSON values."""
 
-    ``requests`` is gone through more than once.
-    """
-
-    requests: Collection[Request]
+    requests: Requests
     sampling: Sampling
     identity: dict[str, Any]
     opens_thinking: bool = False
@@ -67,7 +72,7 @@ class Order:
 
 def sample(
     endpoint: Endpoint,
-    requests: Collection[Request],
+    requests: Requests,
     sampling: Sampling,
     ledger: Ledger,
     client: Client,
@@ -298,7 +303,7 @@ class _Asker:
         if price is None:
             return None
         cost = price.input * (reply.prompt_tokens or 0) + price.output * (reply.completion_tokens or 0)
-        return str(cost / 1_000_000)
+        return str((cost / 1_000_000).quantize(COST_STEP))
 
     def _safe(self, text: str) -> str:
         """Without the key, should a server send it back."""

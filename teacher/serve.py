@@ -18,12 +18,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from r1distill.data import models
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.teacher.settings import EndpointTeacher, Price, RecordedTeacher, VllmTeacher
 from r1distill.teacher.watch import GRACE_SECONDS
+
+if TYPE_CHECKING:
+    import httpx
 
 HOST = "127.0.0.1"
 RESTARTS = 3  # of one server, before its crashes are taken for its own fault
@@ -279,13 +282,17 @@ class Server:
         return f"the server of {self.spec.served_name}"
 
     def _wait_until_ready(self) -> None:
+        import httpx
         from tqdm import tqdm
 
         assert self._watcher is not None
         deadline = time.monotonic() + self.spec.start_seconds
         line = "{desc}: {elapsed}"
-        with tqdm(desc=f"starting {self._named()}", bar_format=line, disable=None, delay=2, leave=False) as progress:
-            while not self._answers():
+        with (
+            httpx.Client(base_url=self.url, trust_env=False, timeout=5) as http,
+            tqdm(desc=f"starting {self._named()}", bar_format=line, disable=None, delay=2, leave=False) as progress,
+        ):
+            while not self._answers(http):
                 if self._watcher.poll() is not None:
                     raise R1DistillError(
                         f"{self._named()} died while starting. Its log, {self.log}, ends:\n{self.tail()}"
@@ -298,15 +305,14 @@ class Server:
                 time.sleep(POLL_SECONDS)
                 progress.update()
 
-    def _answers(self) -> bool:
+    def _answers(self, http: httpx.Client) -> bool:
         """Whether it is ready, and it is ours: another server on this port would have other models."""
         import httpx
 
         try:
-            with httpx.Client(base_url=self.url, trust_env=False, timeout=5) as http:
-                if http.get("/health").status_code != 200:
-                    return False
-                served = http.get("/v1/models").json()["data"]
+            if http.get("/health").status_code != 200:
+                return False
+            served = http.get("/v1/models").json()["data"]
         except (httpx.TransportError, ValueError, KeyError):
             return False
         return any(model.get("id") == self.spec.served_name for model in served)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +60,14 @@ class Questions:
     samples: int
     instruction: str | dict[str, str]
 
-    @cached_property
-    def _length(self) -> int:
-        return self.prompts.num_rows * self.samples
-
     def __len__(self) -> int:
-        return self._length
+        return int(self.prompts.num_rows * self.samples)
 
     def __iter__(self) -> Iterator[Request]:
         for row in schema.rows(self.prompts, ["prompt_id", "question", "domain"]):
             messages = [{"role": "user", "content": user_message(row, self.instruction)}]
             for sample in range(self.samples):
                 yield Request(row["prompt_id"], sample, messages)
-
-    def __contains__(self, request: object) -> bool:
-        return any(request == mine for mine in self)
 
 
 def _written(

@@ -28,7 +28,6 @@ instruction: "Please reason step by step, and put your final answer within \\\\b
 k: 1
 top_p: 1.0
 max_tokens: 48
-seed: 1
 """
 
 PROMPTS = f"""

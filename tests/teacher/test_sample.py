@@ -214,6 +214,12 @@ def test_a_budget_is_never_overdrawn_and_its_end_is_told(fake, ledger, order, cl
     assert {row["cost_usd"] for row in rows(wanted, ledger)} == {Decimal("0.02")}
 
 
+def test_costs_are_rounded_to_what_the_table_holds(fake, ledger, order, client):
+    price = Price(input=Decimal("0.0351"), output=Decimal("0.0777"))
+    ask(order(["a"]), fake.endpoint(price=price), ledger, client)
+    assert [row["cost_usd"] for row in rows(order(["a"]), ledger)] == [Decimal("0.000001905")]
+
+
 def test_a_ledger_that_cant_be_written_stops_everything(fake, ledger, order, client, monkeypatch):
     def full(exchange):
         raise R1DistillError("the disk is full")
