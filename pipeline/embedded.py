@@ -12,6 +12,7 @@ from rich.console import Console
 
 from r1distill.data.config import ROOT, load
 from r1distill.data.errors import R1DistillError
+from r1distill.data.prompts import user_message
 from r1distill.data.settings import PromptSet
 from r1distill.data.sources import ReasoningGymSource
 from r1distill.pipeline import report, runner
@@ -22,7 +23,7 @@ LARGEST_BYTES = 8_000_000
 
 
 def write_worked(prompts: PromptSet, file: Path) -> int:
-    """Write every task's worked solutions as JSONL (question, completion, answer); returns the number of rows.
+    """Write every task's worked solutions as JSONL (question, prompt, completion, answer); returns the number of rows.
 
     The tasks are those of ``prompts``; each solution's answer is compared with the task's own.
     """
@@ -44,6 +45,7 @@ def write_worked(prompts: PromptSet, file: Path) -> int:
                 rows.append(
                     {
                         "question": item["question"],
+                        "prompt": user_message({**item, "domain": source.domain}, prompts.instruction),
                         "completion": completion,
                         "answer": str(item["answer"]),
                         "id": f"{task}/{source.seed}/{index}",

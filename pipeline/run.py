@@ -68,8 +68,8 @@ class Run:
         apart = self.prompts.decontaminate.against
         if missing := [name for name in self.student.benchmarks if name not in apart]:
             raise RequestError(
-                f"'{self.student.name}' is scored on {', '.join(missing)}, which the prompts '{self.prompts.name}' are not "
-                f"kept apart from. Say so: --set 'prompts.decontaminate.against={[*apart, *missing]}'"
+                f"'{self.student.name}' is scored on {', '.join(missing)}, which the prompts '{self.prompts.name}' are "
+                f"not kept apart from. Say so: --set 'prompts.decontaminate.against={[*apart, *missing]}'"
             )
 
     @cached_property

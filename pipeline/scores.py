@@ -8,7 +8,6 @@ nothing twice.
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,7 +118,7 @@ def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender
 
 
 def _judged(run: Run, contender: Contender) -> dict[str, tuple[list[dict[str, Any]], float]]:
-    """Rows of ANSWER and the seconds it took, for each benchmark; one server for all, none where nothing is to be asked."""
+    """Rows of ANSWER and the seconds it took, for each benchmark; no server where nothing is to be asked."""
     asked = {bench.name: _Asked(bench, contender) for bench in run.benchmarks}
     seconds = dict.fromkeys(asked, 0.0)
     with Ledger(run.home / "ledger") as ledger:

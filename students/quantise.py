@@ -27,7 +27,7 @@ KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", 
 
 
 def build(student: Student, checkpoint: Path, dataset: Path, out: Path) -> Result:
-    """Write every variant of ``checkpoint`` to ``out/<name>``; one that a cut-off run finished is kept. Rows are variants."""
+    """Write every variant of ``checkpoint`` to ``out/<name>``; what a cut-off run finished is kept."""
     metrics: dict[str, Any] = {}
     for name, variant in tqdm(student.variants.items(), desc="variants", unit="variant", disable=None, delay=2):
         done = out / ".work" / f"{name}.json"
@@ -56,9 +56,8 @@ def _make(student: Student, name: str, variant: Variant, checkpoint: Path, datas
     (scratch / "made").rename(out / name)
 
 
-def main() -> None:
+def main(job: dict[str, Any]) -> None:
     """In the worker: quantise, take over the checkpoint's files, check."""
-    job = worker.begin()
     student = Student.model_validate(job["student"])
     variant, checkpoint, out = student.variants[job["variant"]], Path(job["checkpoint"]), Path(job["out"])
     texts = calibration(student, variant, checkpoint, Path(job["dataset"]))
@@ -212,4 +211,4 @@ def check_gguf(file: Path, checkpoint: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    worker.perform(main)

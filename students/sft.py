@@ -70,9 +70,8 @@ def launch_arguments(launch: Launch, cores: int) -> list[str]:
     return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value is not False]
 
 
-def main() -> None:
+def main(job: dict[str, Any]) -> None:
     """In the worker: train as the job says, resuming from the last whole checkpoint."""
-    job = worker.begin()
     import torch
     from datasets import load_from_disk
     from transformers import AutoTokenizer
@@ -114,6 +113,7 @@ def _save(training: Any, student: Student, base: Path, tokenizer: Path, out: Pat
     if isinstance(student.sft.method, LoraMethod):
         training.save_model(str(out / "adapter"))
         if training.is_world_process_zero():
+            _tidy(out / "adapter", models.title(student.base))
             merge(student.architecture, base, out / "adapter", tokenizer, out)
         return
     state = training.accelerator.get_state_dict(training.model_wrapped)  # gathered where it is sharded
@@ -127,6 +127,16 @@ def _save(training: Any, student: Student, base: Path, tokenizer: Path, out: Pat
         model.generation_config = trained.generation_config
         model.save_pretrained(out)
         shutil.copytree(tokenizer, out, dirs_exist_ok=True)
+
+
+def _tidy(adapter: Path, base: str) -> None:
+    """Leave the adapter's weights and settings alone, the base named by its title and not by a path of this machine."""
+    for file in adapter.iterdir():
+        if file.name not in ("adapter_config.json", "adapter_model.safetensors"):
+            file.unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base
+    (adapter / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 def _metrics(training: Any, history: list[dict[str, float]], tokens_per_second: float) -> dict[str, Any]:
@@ -162,4 +172,4 @@ def write_curve(history: list[dict[str, float]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    worker.perform(main)

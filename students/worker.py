@@ -12,19 +12,22 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from r1distill.data.errors import R1DistillError
+from r1distill.data.errors import R1DistillError, RequestError
 
+# Waiting threads sleep: spinning, they bring each other to a halt where cores are shared.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 LOG_TAIL = 15  # lines of the log that go into the error
 
 
 def run(module: str, job: dict[str, Any], work: Path, *, launcher: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Run ``python -m module JOB.json``, or the launcher's module around it, and yield the messages that it tells.
 
-    ``work`` gets the job and the log. Raises R1DistillError with the log's end where the worker fails; the worker is
+    ``work`` gets the job and the log. Raises what the worker raised, as R1DistillError or RequestError; the worker is
     stopped when the caller stops reading.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -32,12 +35,17 @@ def run(module: str, job: dict[str, Any], work: Path, *, launcher: Sequence[str]
     file, log = work / f"{name}.json", work / f"{name}.log"
     file.write_text(json.dumps(job))
     command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), module, str(file)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(command, stderr=errors, env={**ENVIRONMENT, **os.environ}, **pipes)
     assert process.stdin and process.stdout
+    failure: dict[str, Any] = {}
     try:
         for line in process.stdout:
-            if message := _message(line):
+            message = _message(line) or {}
+            if "error" in message:
+                failure = message
+            elif message:
                 yield message
         code = process.wait()
     finally:
@@ -45,11 +53,14 @@ def run(module: str, job: dict[str, Any], work: Path, *, launcher: Sequence[str]
         process.terminate()
         process.wait()
         process.stdout.close()
-    if code:
+    if failure:
+        kind = RequestError if failure["request"] else R1DistillError
+        raise kind(f"{failure['error']}\n({log} says more.)")
+    if code:  # killed, or dead before it could say why
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:])
         raise R1DistillError(
             f"{module} ended with code {code}. {log} ends in:\n{tail}\n"
-            "Mend the cause and run the same command again: it resumes."
+            "Mend the cause (memory, disk) and run the same command again: it resumes."
         )
 
 
@@ -62,8 +73,8 @@ def _message(line: str) -> dict[str, Any] | None:
     return message if isinstance(message, dict) else None
 
 
-def begin() -> dict[str, Any]:
-    """Called first inside a worker: tie its life to its caller's and read the job.
+def perform(work: Callable[[dict[str, Any]], None]) -> None:
+    """What a worker's module does when it is run: tie its life to its caller's, read the job, do it, tell what failed.
 
     The caller holds the other end of standard input, also through a launcher, and the system closes it however the
     caller dies.
@@ -75,7 +86,13 @@ def begin() -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-    return dict(json.loads(Path(sys.argv[1]).read_text()))
+    try:
+        work(json.loads(Path(sys.argv[1]).read_text()))
+    except Exception as error:
+        traceback.print_exc()
+        ours = isinstance(error, R1DistillError)
+        tell(error=str(error) if ours else f"{type(error).__name__}: {error}", request=isinstance(error, RequestError))
+        sys.exit(1)
 
 
 def tell(**message: Any) -> None:

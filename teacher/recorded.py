@@ -27,7 +27,7 @@ def build(teacher: RecordedTeacher, prompts: Path, out: Path) -> Result:
     kept = 0
     with schema.writing(out, schema.TRACE) as table:
         for record in sources.records(teacher.source):
-            question = record if isinstance(record, str) else record.get("prompt", record.get("question"))
+            question = record if isinstance(record, str) else record.get("question", record.get("prompt"))
             if isinstance(record, str) or not isinstance(question, str):
                 rejected[record if isinstance(record, str) else "no question"] += 1
                 continue
@@ -57,7 +57,7 @@ def _row(
         "teacher": teacher.model,
         "teacher_revision": revision,
         "sampling": json.dumps({}),
-        "request_text": json.dumps([{"role": "user", "content": question}], ensure_ascii=False),
+        "request_text": json.dumps([{"role": "user", "content": record.get("prompt") or question}], ensure_ascii=False),
         "completion": completion or None,
         "reasoning": reasoning,
         "response": response,

@@ -87,7 +87,8 @@ class EndpointTeacher(Settings):
 
 
 class RecordedTeacher(Settings):
-    """Traces that exist already. Columns: prompt, completion (or reasoning and response), finish_reason."""
+    """Traces that exist already. Columns: prompt (as it was sent), completion (or reasoning, response), finish_reason,
+    and question, where the prompt says more than the question."""
 
     kind: Literal["recorded"]
     name: str = execution()

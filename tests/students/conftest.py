@@ -11,6 +11,21 @@ from r1distill.students.catalogue import Student
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
+QWEN = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+]
+
 
 def row(prompt_id: str, question: str, thinking: str | None, response: str, sample: int = 0) -> dict:
     """A row of the dataset."""
@@ -36,24 +51,28 @@ def sums(count: int, start: int = 0) -> list[dict]:
     ]
 
 
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama whose tokenizer knows digits and ChatML's special tokens."""
-    import torch
+def write_tokenizer(folder: Path, words: list[str], special: list[str], first: int) -> None:
+    """A byte-level tokenizer without merges: ``words`` and all bytes, then ``special`` tokens from id ``first`` on."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-base")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(CHATML + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    names = [*words, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [f"<unused {number}>" for number in range(len(names), first)]
+    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in CHATML])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in [*words, *special]])
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_model(folder: Path, model_type: str, vocabulary: int) -> None:
+    """Two random layers of 32 dimensions with tied embeddings, in bf16."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -62,7 +81,24 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
         max_position_embeddings=512,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose tokenizer has ChatML's special tokens."""
+    folder = tmp_path_factory.mktemp("tiny-base")
+    write_tokenizer(folder, CHATML, [], 0)
+    write_model(folder, "llama", 320)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_r1_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 with Qwen2.5's special tokens at their ids."""
+    folder = tmp_path_factory.mktemp("tiny-r1-base")
+    write_tokenizer(folder, [], QWEN, 151643)
+    write_model(folder, "qwen2", 151936)
     return folder
 
 
@@ -106,6 +142,20 @@ def tiny_student(tiny_base: Path) -> Student:
             },
         }
     )
+
+
+@pytest.fixture
+def tiny_r1_student(tiny_student: Student, tiny_r1_base: Path) -> Student:
+    """LoRA on a base whose tied embeddings are untied, as for qwen-1.5b."""
+    shape = {"model_type": "qwen2", "vocab": 151936, "tied": False, "parameters": 1}
+    whole = tiny_student.model_dump()
+    changes = {
+        "base": {"kind": "folder", "path": str(tiny_r1_base)},
+        "template": "r1",
+        "architecture": whole["architecture"] | shape,
+        "sft": whole["sft"] | {"method": {"kind": "lora", "rank": 2, "alpha": 4}, "epochs": 1},
+    }
+    return Student.model_validate(whole | changes)
 
 
 @pytest.fixture(scope="session")

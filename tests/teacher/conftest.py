@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,38 @@ def order():
 def client():
     """Client settings that don't keep a test waiting."""
     return Client(in_flight=8, attempts=4, backoff_seconds=0.01, timeout_seconds=20)
+
+
+@pytest.fixture(scope="session")
+def session():
+    """The live processes of the session that a pid leads: ``session(leader)`` gives {pid: name}."""
+
+    def members(leader: int) -> dict[int, str]:
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                head, _, tail = (folder / "stat").read_text().rpartition(")")
+            except OSError:
+                continue
+            state, _, _, its = tail.split()[:4]
+            if int(its) == leader and state != "Z":
+                found[int(folder.name)] = head.partition("(")[2]
+        return found
+
+    return members
+
+
+@pytest.fixture(scope="session")
+def gone(session):
+    """Wait for the end of a session; false where something of it lives on."""
+
+    def wait(leader: int, seconds: float = 30) -> bool:
+        deadline = time.monotonic() + seconds
+        while session(leader) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not session(leader)
+
+    return wait
 
 
 @pytest.fixture(name="chat")

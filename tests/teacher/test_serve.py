@@ -34,27 +34,7 @@ def spec(gguf: Path, **changes) -> LlamaSpec:
     return LlamaSpec(**{"gguf": gguf, "served_name": "smol", "context_tokens": 256, "slots": 2, **changes})
 
 
-def session(leader: int) -> set[int]:
-    """Processes of the session that ``leader`` leads, zombies left out."""
-    members = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, its = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(its) == leader and state != "Z":
-            members.add(int(folder.name))
-    return members
-
-
-def gone(leader: int, seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while session(leader) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not session(leader)
-
-
-def test_a_gguf_file_is_served_sampled_and_gone(gguf, tmp_path, ledger, order):
+def test_a_gguf_file_is_served_sampled_and_gone(gguf, tmp_path, ledger, order, session):
     with serving(spec(gguf, revision="r1"), tmp_path) as endpoint:
         assert (endpoint.model, endpoint.revision) == ("smol", "r1")
         wanted = order(["What is 2 + 2?", "Name a colour."], max_tokens=12, samples=2)
@@ -77,7 +57,9 @@ def test_a_chat_template_of_ours_is_used(gguf, tmp_path, ledger, order):
     assert row["prompt_tokens"] < 10  # SmolLM2's own puts some 30 tokens of system prompt before the question
 
 
-def test_a_server_that_crashes_comes_back_and_its_requests_are_asked_again(gguf, tmp_path, ledger, order, capfd):
+def test_a_server_that_crashes_comes_back_and_its_requests_are_asked_again(
+    gguf, tmp_path, ledger, order, session, capfd
+):
     wanted = order([f"Count to {number}." for number in range(6)], max_tokens=24)
     with serving(spec(gguf), tmp_path) as endpoint:
         server: Server = endpoint.recover.__self__
@@ -98,7 +80,7 @@ def test_a_server_that_crashes_comes_back_and_its_requests_are_asked_again(gguf,
     assert "the server ended by itself with exit code -9" in server.log.read_text()
 
 
-def test_a_server_that_keeps_dying_is_given_up_with_its_log(gguf, tmp_path):
+def test_a_server_that_keeps_dying_is_given_up_with_its_log(gguf, tmp_path, session, gone):
     with serving(spec(gguf), tmp_path) as endpoint:
         server: Server = endpoint.recover.__self__
         server.restarts = 3
@@ -117,23 +99,14 @@ def test_a_server_that_dies_at_its_start_shows_the_end_of_its_log(tmp_path):
             pytest.fail("it can't have started")
 
 
-def test_a_server_that_does_not_answer_in_time_is_ended(gguf, tmp_path):
-    before = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")}
-    with (
-        pytest.raises(R1DistillError, match="doesn't answer after 0 s"),
-        serving(spec(gguf, start_seconds=0), tmp_path),
-    ):
-        pass
-    time.sleep(0.2)
-    started = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")} - before
-    assert not [pid for pid in started if b"teacher.llama" in _command(pid)]
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+def test_a_server_that_does_not_answer_in_time_is_ended(gguf, tmp_path, session):
+    server = Server(spec(gguf, start_seconds=0), tmp_path)
+    with pytest.raises(R1DistillError, match="doesn't answer after 0 s"):
+        server.start()
+    leader = server._watcher.pid
+    assert session(leader)
+    server.stop()
+    assert not session(leader)
 
 
 SERVER = """
@@ -147,7 +120,7 @@ with serving(LlamaSpec(Path(sys.argv[1]), "smol", 256, 2), Path(sys.argv[2])) as
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_no_server_outlives_us(gguf, tmp_path, end):
+def test_no_server_outlives_us(gguf, tmp_path, end, session, gone):
     ours = subprocess.Popen([sys.executable, "-c", SERVER, gguf, tmp_path], stdout=subprocess.PIPE, text=True)
     leader = int(ours.stdout.readline())
     assert len(session(leader)) == 2
@@ -156,7 +129,7 @@ def test_no_server_outlives_us(gguf, tmp_path, end):
     assert gone(leader)
 
 
-def test_stubborn_children_are_killed_with_their_server(tmp_path):
+def test_stubborn_children_are_killed_with_their_server(session, gone):
     """A server that ignores SIGTERM, with a child that does too."""
     stubborn = "import signal, time, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork(); time.sleep(600)"
     watch = [

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from r1distill.data.models import PackageModel, materialise
 from r1distill.teacher.sample import Order, Request, ask, rows
-from r1distill.teacher.serve import Endpoint
+from r1distill.teacher.serve import Endpoint, VllmSpec, serving
 from r1distill.teacher.settings import Client, Sampling
 
 pytestmark = pytest.mark.slow
@@ -30,29 +29,23 @@ with serving(VllmSpec(sys.argv[1], "smol", {"max-model-len": 256}, revision="v1"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    return str(materialise(PackageModel.model_validate(PACKAGE), home))
+
+
+@pytest.fixture(scope="module")
+def served(home, model):
     """(our process that serves, the pid that leads the server's session, endpoint)"""
-    home = tmp_path_factory.mktemp("home")
-    model = materialise(PackageModel.model_validate(PACKAGE), home)
-    command = [sys.executable, "-c", SERVER, str(model), str(home / "logs")]
+    command = [sys.executable, "-c", SERVER, model, str(home / "logs")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ours:
         leader, base_url = json.loads(ours.stdout.readline())
         yield ours, leader, Endpoint(base_url, "smol", "v1")
         ours.kill()
-
-
-def processes(leader: int) -> list[str]:
-    """Names of the live processes of a session."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            head, _, tail = (folder / "stat").read_text().rpartition(")")
-        except OSError:
-            continue
-        state, _, _, session = tail.split()[:4]
-        if int(session) == leader and state != "Z":
-            found.append(head.partition("(")[2])
-    return found
 
 
 def test_answers_are_sampled_as_asked(served, ledger):
@@ -84,13 +77,31 @@ def test_a_question_that_is_too_long_fails_alone(served, ledger):
     assert short["state"] in ("done", "truncated")
 
 
-def test_nothing_of_it_outlives_us(served):
+def test_nothing_of_it_outlives_us(served, session, gone):
     """The last of these tests: our process is killed, and the API server and its engine end with it."""
     ours, leader, _ = served
-    assert any(name.startswith("VLLM::Engine") for name in processes(leader))
+    assert any(name.startswith("VLLM::Engine") for name in session(leader).values())
     ours.send_signal(signal.SIGKILL)
     ours.wait()
-    deadline = time.monotonic() + 30
-    while processes(leader) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert processes(leader) == []
+    assert gone(leader)
+
+
+@pytest.mark.soak
+def test_an_engine_that_dies_is_started_again_and_its_requests_are_asked_again(home, model, ledger, session):
+    requests = [Request(str(n), 0, [{"role": "user", "content": f"Count to {n}."}]) for n in range(40)]
+    order = Order(requests, Sampling(top_p=1.0, max_tokens=48), {"revision": "v1"})
+    with serving(VllmSpec(model, "smol", {"max-model-len": 256}), home / "logs") as endpoint:
+        server = endpoint.recover.__self__
+        put, killed = ledger.put, []
+
+        def kill_at_the_first_answer(exchange):
+            put(exchange)
+            if not killed:
+                names = session(server._watcher.pid)
+                killed.append(next(pid for pid, name in names.items() if name.startswith("VLLM::Engine")))
+                os.kill(killed[0], signal.SIGKILL)
+
+        ledger.put = kill_at_the_first_answer
+        ask(order, endpoint, ledger, Client(in_flight=8, timeout_seconds=300))
+    assert server.restarts == 1
+    assert {row["state"] for row in rows(order, ledger)} <= {"done", "truncated"}
