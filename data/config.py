@@ -137,7 +137,7 @@ def _lines(node: yaml.Node | None, prefix: Location = ()) -> typing.Iterator[tup
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``; mappings are merged key by key unless their ``kind`` differs, which replaces them."""
+    """``top`` over ``base``: mappings key by key, but an empty one, or one of another ``kind``, replaces."""
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)

@@ -248,16 +248,12 @@ def gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _vllm(run: Run, folder: Path, name: str) -> VllmSpec:
     """Serve a local folder with this machine's GPUs, or on the CPU."""
-    from r1distill.teacher import serve
-
     options: dict[str, Any] = {"max-model-len": _context(run), **run.student.serve_options}
-    if run.hardware.gpus_per_node == 0:
-        options = {**serve.CPU_OPTIONS, **options}
     if not _has_template(folder):
         template = run.home / "plain_template.jinja"
         template.write_text(PLAIN_TEMPLATE)
         options["chat-template"] = str(template)
-    return VllmSpec(model=str(folder), served_name=name, options=options, environment={})
+    return VllmSpec(model=str(folder), served_name=name, options=options)
 
 
 def _context(run: Run) -> int:

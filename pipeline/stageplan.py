@@ -18,10 +18,11 @@ from r1distill.pipeline.footprint import Footprint
 from r1distill.pipeline.hardware import GIB, Hardware
 from r1distill.pipeline.workload import Workload, questions_asked
 from r1distill.students.catalogue import Student
+from r1distill.teacher.serve import CPU_ENVIRONMENT
 from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, Teacher, VllmTeacher
 
 MACHINE_SHARE = 0.95  # of a machine's memory; the rest is the system's
-CPU_KV_GIB = 4.0  # what vLLM for the CPU takes for its KV cache unless VLLM_CPU_KVCACHE_SPACE says otherwise
+CPU_KV_GIB = float(CPU_ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"])
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,23 @@ def collate(packs: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
+def complete_head(model: Any) -> None:
+    """Give the output embedding a bias of None where peft's wrapper of single rows has none: TRL's head reads it."""
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None
+
+
 def trainer_class() -> Any:
     """SFTTrainer that on the CPU makes logits at target positions alone; TRL's fused head there makes them at all."""
     import torch
     from trl import SFTTrainer
 
     class Trainer(SFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            complete_head(self.model)
+
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:

@@ -32,7 +32,11 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self, status: int, body: dict, headers: dict | None = None) -> None:
         content = json.dumps(body).encode()
         self.send_response(status)
-        for key, value in {"Content-Type": "application/json", "Content-Length": len(content), **(headers or {})}.items():
+        for key, value in {
+            "Content-Type": "application/json",
+            "Content-Length": len(content),
+            **(headers or {}),
+        }.items():
             self.send_header(key, str(value))
         self.end_headers()
         if self.command == "GET":

@@ -174,6 +174,7 @@ def test_trls_fused_head_sees_the_trained_rows(tiny_r1_student, tiny_r1_base, su
     model = base.load(tiny_r1_student.architecture, tiny_r1_base, tokenizer, torch.float32)
     tuned = get_peft_model(model, trainer.lora(tiny_r1_student, tokenizer))
     add_fused_lm_head(model)
+    trainer.complete_head(tuned)
     rows = tuned.get_output_embeddings().token_adapter.trainable_tokens_delta["default"]
     rows.data += 0.1
     ids = torch.tensor([[*R1_USED]])
