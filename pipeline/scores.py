@@ -139,7 +139,10 @@ class _Asked:
 
     def __init__(self, benchmark: Benchmark, contender: Contender):
         self.name = benchmark.name
-        self.questions = {row["prompt_id"]: row for row in questions(benchmark)[: contender.limit]}
+        everything = questions(benchmark)
+        few = contender.limit or len(everything)  # spread over the whole benchmark, whose order may be by task
+        spread = everything[:: max(1, len(everything) // few)][:few]
+        self.questions = {row["prompt_id"]: row for row in spread}
         requests = [
             Request(key, number, [{"role": "user", "content": user_message(row, benchmark.instruction)}])
             for key, row in self.questions.items()
