@@ -17,7 +17,8 @@ from r1distill.pipeline.runner import Done, Step
 def _table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        wraps = column == columns[-1]
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold", no_wrap=not wraps)
     return table
 
 
@@ -107,15 +108,15 @@ def _show_scores(scores: dict[str, Any], out: Console) -> None:
     for name, bench in scores["benchmarks"].items():
         out.print()
         table = _table(
-            "model", "accuracy", "95% interval", "questions", "truncated", "tokens", "size", "runtime",
-            right=("accuracy", "95% interval", "questions", "truncated", "tokens", "size"),
+            "model", "accuracy", "95% interval", "questions", "cut off", "tokens", "size", "runtime",
+            right=("accuracy", "95% interval", "questions", "cut off", "tokens", "size"),
             title=f"{bench['title']} ({name}): mean of k samples",
         )  # fmt: skip
         for model, row in bench["models"].items():
             table.add_row(
                 model,
                 _percent(row["accuracy"]),
-                f"{_percent(row['low'])} – {_percent(row['high'])}",
+                f"{_percent(row['low'])}–{_percent(row['high'])}",
                 f"{row['questions']} × {row['k']}",
                 _percent(row["truncated"]),
                 f"{row['mean_tokens']:.0f}",
