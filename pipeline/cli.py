@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -227,6 +228,7 @@ def main() -> None:
     """Entry point: one clear message for what is wrong, and the exit code that says which kind."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # our libraries' bars too; a log file has no use for them
+    warnings.simplefilter("ignore", SyntaxWarning)  # of libraries that Python compiles on their first import
     logging.basicConfig(level=os.environ.get("R1DISTILL_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
     try:
         app()

@@ -35,6 +35,8 @@ LIBRARIES = [
     "huggingface-hub",
 ]
 
+LEAST_MIB = 200  # of free disk, or no stage is started
+
 
 @dataclass(frozen=True)
 class Step:
@@ -127,11 +129,11 @@ def _build(run: Run, step: Step, partial: Path, inputs: dict[str, Path]) -> Arti
     return seal(partial, step.path, manifest)
 
 
-def _check_disk(folder: Path, least_mib: int = 200) -> None:
+def _check_disk(folder: Path) -> None:
     free = shutil.disk_usage(folder).free >> 20
-    if free < least_mib:
+    if free < LEAST_MIB:
         raise R1DistillError(
-            f"{folder.parent} has {free} MiB of free disk, at least {least_mib} MiB are needed to start a stage. "
+            f"{folder.parent} has {free} MiB of free disk, at least {LEAST_MIB} MiB are needed to start a stage. "
             "Free some, or set R1DISTILL_HOME to a larger disk."
         )
 

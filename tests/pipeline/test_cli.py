@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from r1distill.data.errors import R1DistillError
+from r1distill.pipeline import runner
+from r1distill.pipeline.run import Run
+
 
 def r1distill(*arguments: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -114,20 +118,38 @@ def test_a_changed_setting_rebuilds_from_its_stage_on_and_nothing_before_it(tmp_
     assert plain == paths("--set", "student.sft.save_steps=3", "--set", "teacher.client.in_flight=5")
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_sealed(tmp_path):
-    """A home on a file system of one MiB; needs the right to mount, so it runs where tests run as root."""
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of one MiB; making it needs the right to mount, so what uses it runs where tests run as root."""
     home = tmp_path / "tiny"
     home.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(home)], capture_output=True, check=False
-    )
-    if mounted.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(home)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system needs root")
-    try:
-        done = r1distill("distill", "--until", "prompts", home=tmp_path, R1DISTILL_HOME=str(home))
-        assert done.returncode == 1
-        assert "free disk" in done.stderr
-        assert "Traceback" not in done.stderr
-        assert not list(home.glob("*/*/manifest.json"))
-    finally:
-        subprocess.run(["umount", str(home)], check=False)
+    yield home
+    subprocess.run(["umount", str(home)], check=False)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_starts(tmp_path, tiny_disk):
+    done = r1distill("distill", home=tmp_path, R1DISTILL_HOME=str(tiny_disk))
+    assert done.returncode == 2
+    assert "disk:" in done.stderr
+    assert not list(tiny_disk.iterdir())
+
+
+def test_a_disk_that_is_full_when_a_stage_starts_is_said_and_nothing_is_sealed(tiny_disk, monkeypatch):
+    monkeypatch.setenv("R1DISTILL_HOME", str(tiny_disk))
+    run = Run.load("smollm2-135m")
+    with pytest.raises(R1DistillError, match="free disk"):
+        list(runner.execute(run, runner.chain(run, until="prompts")))
+    assert not list(tiny_disk.glob("*/*/manifest.json"))
+
+
+def test_a_disk_that_fills_up_within_a_stage_is_said_and_nothing_is_sealed(tiny_disk, monkeypatch):
+    monkeypatch.setenv("R1DISTILL_HOME", str(tiny_disk))
+    monkeypatch.setattr(runner, "LEAST_MIB", 0)
+    many = ["prompts.sources.0.tasks.leg_counting.count=9000"]
+    run = Run.load("smollm2-135m", overrides=many)
+    with pytest.raises(R1DistillError, match="No space left.*Nothing was sealed"):
+        list(runner.execute(run, runner.chain(run, until="prompts")))
+    assert not list(tiny_disk.glob("*/*/manifest.json"))

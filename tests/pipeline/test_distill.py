@@ -87,7 +87,9 @@ def answers(home: Path) -> dict[str, str]:
     file = home / "ledger" / "ledger.sqlite"
     if not file.is_file():
         return {}
-    with contextlib.closing(sqlite3.connect(file)) as ledger:
+    with contextlib.closing(sqlite3.connect(file, timeout=60)) as ledger:
+        if not ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'exchanges'").fetchone():
+            return {}  # it is being made
         return dict(ledger.execute("SELECT key, created_at FROM exchanges WHERE state != 'failed'"))
 
 
