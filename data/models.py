@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from r1distill.data import hub
 from r1distill.data.config import ROOT, Settings
 from r1distill.data.errors import R1DistillError, RequestError
 
@@ -65,7 +66,7 @@ def revision(ref: ModelRef) -> str:
     access to it, or no network.
     """
     if isinstance(ref, HubModel):
-        return _hub_commit(ref)
+        return hub.commit("model", ref.repo, ref.revision)
     if isinstance(ref, PackageModel):
         try:
             version = importlib.metadata.version(ref.package)
@@ -73,35 +74,6 @@ def revision(ref: ModelRef) -> str:
             raise RequestError(f"the package {ref.package} is not installed. Install it: make setup") from None
         return version + (f"+{_folder_hash(ROOT / ref.adapter)}" if ref.adapter else "")
     return _folder_hash(Path(ref.path))
-
-
-def _hub_commit(ref: HubModel) -> str:
-    if len(ref.revision) == 40 and all(c in "0123456789abcdef" for c in ref.revision):
-        return ref.revision
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        info = HfApi().model_info(ref.repo, revision=ref.revision, timeout=10)
-        if info.gated:
-            HfApi().auth_check(ref.repo)
-        return str(info.sha)
-    except GatedRepoError:
-        raise RequestError(
-            f"{ref.repo} is gated and this account has no access. Ask for it at https://huggingface.co/{ref.repo} and "
-            "set HF_TOKEN to a token of the account that was granted it."
-        ) from None
-    except RevisionNotFoundError:
-        raise RequestError(f"{ref.repo} has no revision '{ref.revision}'.") from None
-    except RepositoryNotFoundError:
-        raise RequestError(
-            f"there is no model {ref.repo} on the Hub, or it is private: check the name, or set HF_TOKEN."
-        ) from None
-    except (HTTPError, OSError) as error:  # HTTPError: no connection, too; it is no OSError
-        raise RequestError(
-            f"the Hub can't be asked for {ref.repo} ({type(error).__name__}). Check the network; or pin the 40-digit "
-            "commit as 'revision'; or use a local copy: {kind: folder, path: ...}."
-        ) from None
 
 
 def _folder_hash(folder: Path) -> str:

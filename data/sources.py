@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from r1distill.data import hub
 from r1distill.data.config import Settings, nearest
 from r1distill.data.errors import RequestError
 
@@ -97,7 +98,7 @@ def revision(source: Source) -> str:
     if isinstance(source, FileSource):
         path = _file(source)
         return _file_hash(path, path.stat().st_size, path.stat().st_mtime_ns)
-    return _hub_commit(source)
+    return hub.commit("dataset", source.repo, source.revision)
 
 
 def _file(source: FileSource) -> Path:
@@ -108,31 +109,6 @@ def _file(source: FileSource) -> Path:
             "correct 'path' in the configuration."
         )
     return path
-
-
-def _hub_commit(source: HubSource) -> str:
-    if len(source.revision) == 40 and all(c in "0123456789abcdef" for c in source.revision):
-        return source.revision
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
-
-    try:
-        info = HfApi().dataset_info(source.repo, revision=source.revision, timeout=10)
-        if info.gated:
-            HfApi().auth_check(source.repo, repo_type="dataset")
-        return str(info.sha)
-    except GatedRepoError:
-        raise RequestError(
-            f"the dataset {source.repo} is gated and this account has no access. Ask for it at "
-            f"https://huggingface.co/datasets/{source.repo} and set HF_TOKEN."
-        ) from None
-    except RepositoryNotFoundError:
-        raise RequestError(f"there is no dataset {source.repo} on the Hub, or it is private: set HF_TOKEN.") from None
-    except (HTTPError, OSError) as error:  # HTTPError: no connection, too; it is no OSError
-        raise RequestError(
-            f"the Hub can't be asked for the dataset {source.repo} ({type(error).__name__}). Check the network, or pin "
-            "the 40-digit commit as 'revision'."
-        ) from None
 
 
 def records(source: FileSource | HubSource) -> Iterator[Record | str]:
