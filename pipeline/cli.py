@@ -132,13 +132,16 @@ def serve(
 ) -> None:
     """Serve a teacher with vLLM until Ctrl-C."""
     from r1distill.data.config import parse_overrides
+    from r1distill.data.errors import RequestError
     from r1distill.pipeline import plan
     from r1distill.pipeline.hardware import named
     from r1distill.pipeline.run import SECTIONS, home_folder
     from r1distill.teacher import serve
-    from r1distill.teacher.settings import load_teacher
+    from r1distill.teacher.settings import VllmTeacher, load_teacher
 
     settings = load_teacher(teacher, parse_overrides(changes or [], SECTIONS)["teacher"])
+    if not isinstance(settings, VllmTeacher):
+        raise RequestError(f"the teacher '{settings.name}' is of kind {settings.kind}: there is nothing to serve.")
     plan.check_teacher(settings, named(hardware))
     home = home_folder()
     with serve.serving(serve.spec_of(settings, home, port=port), home / "logs") as endpoint:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from r1distill.data import models, verdicts
 from r1distill.data.benchmarks import questions
 from r1distill.data.prompts import user_message
 from r1distill.data.result import Result
-from r1distill.data.settings import Benchmark, VerdictSettings
+from r1distill.data.settings import Benchmark
 from r1distill.pipeline.run import Run
 from r1distill.teacher.ledger import Ledger
 from r1distill.teacher.sample import Order, Request, ask, pending, rows
-from r1distill.teacher.serve import LlamaSpec, VllmSpec, serving, spec_of
-from r1distill.teacher.settings import Client, RecordedTeacher, Sampling, VllmTeacher
+from r1distill.teacher.serve import LlamaSpec, VllmSpec, in_turn, spec_of
+from r1distill.teacher.settings import Client, EndpointTeacher, RecordedTeacher, Sampling
 
 BOOTSTRAPS = 2000
 PLAIN_TEMPLATE = "{{ messages[-1]['content'] }}\n"  # for base models that have no chat template
@@ -50,7 +51,7 @@ class Contender:
     """A model to be scored: how to serve it, which revision it is, and how many questions it gets (None: all)."""
 
     name: str
-    spec: VllmSpec | LlamaSpec | None  # None: an endpoint that somebody else serves
+    spec: VllmSpec | LlamaSpec | EndpointTeacher
     revision: str
     size_bytes: int | None
     opens_thinking: bool
@@ -58,7 +59,7 @@ class Contender:
 
     @property
     def runtime(self) -> str:
-        return "llama.cpp" if isinstance(self.spec, LlamaSpec) else "vllm" if self.spec else "endpoint"
+        return {VllmSpec: "vllm", LlamaSpec: "llama.cpp", EndpointTeacher: "endpoint"}[type(self.spec)]
 
 
 def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
@@ -66,23 +67,20 @@ def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
 
     Counts are of answers: read = asked for, kept = correct, the others by what was wrong with them.
     """
-    parts = out / ".work"
-    answers: list[dict[str, Any]] = []
-    benchmarks: dict[str, Any] = {bench.name: {"title": bench.title, "models": {}} for bench in run.benchmarks}
-    for contender in contenders(run, checkpoint, variants):
-        part = parts / f"{contender.name}.json"
-        if not part.is_file():
-            judged = _judged(run, contender)
-            part.with_suffix(".new").write_text(json.dumps(judged))
-            part.with_suffix(".new").rename(part)
-        for name, (found, seconds) in json.loads(part.read_text()).items():
-            answers += found
-            benchmarks[name]["models"][contender.name] = {
-                **summary(found),
-                "size_bytes": contender.size_bytes,
-                "runtime": contender.runtime,
-                "seconds": seconds,
+    everyone = list(contenders(run, checkpoint, variants))
+    answers = list(_answers(run, everyone))
+    benchmarks: dict[str, Any] = {}
+    for bench in run.benchmarks:
+        found = [row for row in answers if row["benchmark"] == bench.name]
+        models = {
+            one.name: {
+                **summary([row for row in found if row["model"] == one.name]),
+                "size_bytes": one.size_bytes,
+                "runtime": one.runtime,
             }
+            for one in everyone
+        }
+        benchmarks[bench.name] = {"title": bench.title, "models": models}
     verdicts_of_gates = gates(run, answers)
     scores = {"benchmarks": benchmarks, "gates": verdicts_of_gates}
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
@@ -101,10 +99,11 @@ def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender
         "base", _vllm(run, base, "base"), f"{models.title(student.base)}@{run.base_revision}", _size(base), False
     )
     if run.scores_teacher:
+        assert not isinstance(run.teacher, RecordedTeacher)
         spec = spec_of(run.teacher, run.home)
-        path = Path(spec.model) if spec and Path(spec.model).is_dir() else None
+        size = _size(Path(spec.model)) if isinstance(spec, VllmSpec) and Path(spec.model).is_dir() else None
         opens = getattr(run.teacher, "opens_thinking", False)
-        yield Contender("teacher", spec, run.teacher_revision, _size(path) if path else None, opens)
+        yield Contender("teacher", spec, run.teacher_revision, size, opens)
     mark = checkpoint.name
     yield Contender("student", _vllm(run, checkpoint, student.name), mark, _size(checkpoint), True)
     for name, settings in student.variants.items():
@@ -117,28 +116,42 @@ def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender
             yield Contender(name, _vllm(run, folder, name), f"{mark}/{name}", _size(folder), True, few)
 
 
-def _judged(run: Run, contender: Contender) -> dict[str, tuple[list[dict[str, Any]], float]]:
-    """Rows of ANSWER and the seconds it took, for each benchmark; no server where nothing is to be asked."""
-    asked = {bench.name: _Asked(bench, contender) for bench in run.benchmarks}
-    seconds = dict.fromkeys(asked, 0.0)
+def _answers(run: Run, everyone: list[Contender]) -> Iterator[dict[str, Any]]:
+    """Rows of ANSWER of all contenders: everybody is asked first, then everything is judged."""
     with Ledger(run.home / "ledger") as ledger:
-        if any(pending(one.order, ledger) for one in asked.values()):
-            spec = contender.spec or run.teacher
-            assert not isinstance(spec, VllmTeacher | RecordedTeacher)
-            with serving(spec, run.home / "logs") as endpoint:
-                for name, one in asked.items():
-                    took = ask(one.order, endpoint, ledger, Client(), f"{contender.name} on {name}")
-                    seconds[name] = took["seconds"]
-        traces = {name: list(rows(one.order, ledger)) for name, one in asked.items()}
-    rules = run.prompts.verdicts
-    return {name: (_answers(contender, asked[name], traces[name], rules), seconds[name]) for name in asked}
+        asked = [_Asked(bench, one) for one in everyone for bench in run.benchmarks]
+        _ask(run, [one for one in asked if pending(one.order, ledger)], ledger)
+        traces = [(one, trace) for one in asked for trace in rows(one.order, ledger)]
+    items = [verdicts.item(one.questions[trace["prompt_id"]], trace) for one, trace in traces]
+    for (one, trace), judged in zip(traces, verdicts.judge(run.prompts.verdicts, items), strict=True):
+        yield {
+            "model": one.contender.name,
+            "benchmark": one.benchmark,
+            "prompt_id": judged.item.prompt_id,
+            "sample": judged.item.sample,
+            "completion": judged.item.completion,
+            **_correct(judged),
+            "completion_tokens": trace["completion_tokens"] or 0,
+        }
+
+
+def _ask(run: Run, wanted: list[_Asked], ledger: Ledger) -> None:
+    """Serve each contender once and ask it for all of its benchmarks."""
+    by_contender: dict[str, list[_Asked]] = {}
+    for one in wanted:
+        by_contender.setdefault(one.contender.name, []).append(one)
+    specs = [orders[0].contender.spec for orders in by_contender.values()]
+    with closing(in_turn(specs, run.home / "logs")) as endpoints:
+        for endpoint, orders in zip(endpoints, by_contender.values(), strict=True):
+            for one in orders:
+                ask(one.order, endpoint, ledger, Client(), f"{one.contender.name} on {one.benchmark}")
 
 
 class _Asked:
     """A benchmark's questions and what a contender is asked of them."""
 
     def __init__(self, benchmark: Benchmark, contender: Contender):
-        self.name = benchmark.name
+        self.benchmark, self.contender = benchmark.name, contender
         everything = questions(benchmark)
         few = contender.limit or len(everything)  # spread over the whole benchmark, whose order may be by task
         spread = everything[:: max(1, len(everything) // few)][:few]
@@ -157,24 +170,6 @@ class _Asked:
         )
         identity = {"purpose": "scores", "model": contender.name, "revision": contender.revision}
         self.order = Order(requests, sampling, identity, contender.opens_thinking)
-
-
-def _answers(
-    contender: Contender, asked: _Asked, traces: list[dict[str, Any]], rules: VerdictSettings
-) -> list[dict[str, Any]]:
-    items = [verdicts.item(asked.questions[trace["prompt_id"]], trace) for trace in traces]
-    return [
-        {
-            "model": contender.name,
-            "benchmark": asked.name,
-            "prompt_id": judged.item.prompt_id,
-            "sample": judged.item.sample,
-            "completion": judged.item.completion,
-            **_correct(judged),
-            "completion_tokens": trace["completion_tokens"] or 0,
-        }
-        for judged, trace in zip(verdicts.judge(rules, items), traces, strict=True)
-    ]
 
 
 def _correct(judged: verdicts.Judged) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -163,14 +163,10 @@ def check(teacher: VllmTeacher | EndpointTeacher | RecordedTeacher) -> None:
         )
 
 
-def spec_of(
-    teacher: VllmTeacher | EndpointTeacher | RecordedTeacher, home: Path, port: int | None = None
-) -> VllmSpec | None:
-    """How to serve a teacher: downloads or converts its weights on the first call. None: somebody else serves it."""
-    if isinstance(teacher, RecordedTeacher):
-        raise RequestError(f"the teacher '{teacher.name}' is recorded: there is nothing to serve.")
+def spec_of(teacher: VllmTeacher | EndpointTeacher, home: Path, port: int | None = None) -> VllmSpec | EndpointTeacher:
+    """How to serve a teacher: downloads or converts its weights on the first call; an endpoint is served already."""
     if isinstance(teacher, EndpointTeacher):
-        return None
+        return teacher
     revision, options = models.revision(teacher.model), teacher.options
     model = str(models.materialise(teacher.model, home))
     if isinstance(teacher.model, models.HubModel):
@@ -180,25 +176,42 @@ def spec_of(
 
 
 @contextmanager
-def serving(spec: VllmSpec | LlamaSpec | EndpointTeacher | None, logs: Path) -> Iterator[Endpoint]:
+def serving(spec: VllmSpec | LlamaSpec | EndpointTeacher, logs: Path) -> Iterator[Endpoint]:
     """Serve what ``spec`` describes, for as long as the block lasts, with the server's log in ``logs``.
 
     Somebody else's endpoint is not started, only its key is looked for. Raises RequestError where the port that was
     asked for is taken or the key is missing, R1DistillError with the log's end where the server dies.
     """
-    if spec is None:
-        raise RequestError("this teacher is served by somebody else: there is nothing to start.")
-    if isinstance(spec, EndpointTeacher):
-        endpoint = _endpoint(spec)
-        endpoint.key()
-        yield endpoint
-        return
-    server = Server(spec, logs)
+    with contextlib.closing(in_turn([spec], logs)) as endpoints:
+        yield next(endpoints)
+
+
+def in_turn(specs: Sequence[VllmSpec | LlamaSpec | EndpointTeacher], logs: Path) -> Generator[Endpoint, None, None]:
+    """Serve one after the other: each endpoint lasts until the next one is asked for. Raises what ``serving`` does.
+
+    On the CPU the next server starts while this one answers, as its start keeps one core busy at most. GPUs have room
+    for one model at a time. Close the generator where you stop early.
+    """
+    ahead = 2 if on_cpu() else 1
+    servers: dict[int, Server] = {}
     try:
-        server.start()
-        yield Endpoint(f"{server.url}/v1", spec.served_name, spec.revision, recover=server.recover)
+        for turn, spec in enumerate(specs):
+            for place, coming in enumerate(specs[turn : turn + ahead], turn):
+                if place not in servers and not isinstance(coming, EndpointTeacher):
+                    servers[place] = Server(coming, logs)
+                    servers[place].launch()
+            if isinstance(spec, EndpointTeacher):
+                endpoint = _endpoint(spec)
+                endpoint.key()
+                yield endpoint
+                continue
+            server = servers[turn]
+            server.wait()
+            yield Endpoint(f"{server.url}/v1", spec.served_name, spec.revision, recover=server.recover)
+            servers.pop(turn).stop()
     finally:
-        server.stop()
+        for server in servers.values():
+            server.stop()
 
 
 def wait_for_interrupt(endpoint: Endpoint | None = None) -> None:
@@ -228,8 +241,8 @@ class Server:
         self._watcher: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
 
-    def start(self) -> None:
-        """Start it and wait until it answers; raises R1DistillError with the end of its log where it dies instead."""
+    def launch(self) -> None:
+        """Start it, and don't wait."""
         self._log = self.log.open("ab")
         self._watcher = subprocess.Popen(
             [sys.executable, "-m", "r1distill.teacher.watch", str(os.getpid()), *self.spec.command(self.port)],
@@ -239,7 +252,31 @@ class Server:
             env=self.spec.variables(),
             start_new_session=True,
         )
-        self._wait_until_ready()
+
+    def wait(self) -> None:
+        """Wait until it answers; raises R1DistillError with the end of its log where it dies instead."""
+        import httpx
+        from tqdm import tqdm
+
+        assert self._watcher is not None
+        deadline = time.monotonic() + self.spec.start_seconds
+        line = "{desc}: {elapsed}"
+        with (
+            httpx.Client(base_url=self.url, trust_env=False, timeout=5) as http,
+            tqdm(desc=f"starting {self._named()}", bar_format=line, disable=None, delay=2, leave=False) as progress,
+        ):
+            while not self._answers(http):
+                if self._watcher.poll() is not None:
+                    raise R1DistillError(
+                        f"{self._named()} died while starting. Its log, {self.log}, ends:\n{self.tail()}"
+                    )
+                if time.monotonic() > deadline:
+                    raise R1DistillError(
+                        f"{self._named()} doesn't answer after {self.spec.start_seconds:,.0f} s. Its log, {self.log}, "
+                        f"ends:\n{self.tail()}"
+                    )
+                time.sleep(POLL_SECONDS)
+                progress.update()
 
     def recover(self) -> None:
         """Restart it where it has died; raises R1DistillError where it keeps dying."""
@@ -255,7 +292,8 @@ class Server:
             file=sys.stderr,
         )
         self.stop()
-        self.start()
+        self.launch()
+        self.wait()
 
     def stop(self) -> None:
         """End it and its children: politely at first, then with SIGKILL. Does nothing where it isn't running."""
@@ -280,30 +318,6 @@ class Server:
 
     def _named(self) -> str:
         return f"the server of {self.spec.served_name}"
-
-    def _wait_until_ready(self) -> None:
-        import httpx
-        from tqdm import tqdm
-
-        assert self._watcher is not None
-        deadline = time.monotonic() + self.spec.start_seconds
-        line = "{desc}: {elapsed}"
-        with (
-            httpx.Client(base_url=self.url, trust_env=False, timeout=5) as http,
-            tqdm(desc=f"starting {self._named()}", bar_format=line, disable=None, delay=2, leave=False) as progress,
-        ):
-            while not self._answers(http):
-                if self._watcher.poll() is not None:
-                    raise R1DistillError(
-                        f"{self._named()} died while starting. Its log, {self.log}, ends:\n{self.tail()}"
-                    )
-                if time.monotonic() > deadline:
-                    raise R1DistillError(
-                        f"{self._named()} doesn't answer after {self.spec.start_seconds:,.0f} s. Its log, {self.log}, "
-                        f"ends:\n{self.tail()}"
-                    )
-                time.sleep(POLL_SECONDS)
-                progress.update()
 
     def _answers(self, http: httpx.Client) -> bool:
         """Whether it is ready, and it is ours: another server on this port would have other models."""

@@ -35,9 +35,7 @@ def build(teacher: Teacher, prompts: Path, out: Path, home: Path, instruction: s
     asked: dict[str, Any] = {"asked": 0}
     with Ledger(home / "ledger") as ledger:
         if pending(order, ledger):
-            spec = spec_of(teacher, home) or teacher
-            assert not isinstance(spec, VllmTeacher)
-            with serving(spec, home / "logs") as endpoint:
+            with serving(spec_of(teacher, home), home / "logs") as endpoint:
                 asked = ask(order, endpoint, ledger, teacher.client, f"asking {teacher.name}")
         return _written(out, rows(order, ledger), teacher, asked)
 

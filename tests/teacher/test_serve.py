@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -16,8 +17,19 @@ import pytest
 
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.teacher.sample import ask, rows, sample
-from r1distill.teacher.serve import Endpoint, LlamaSpec, Server, VllmSpec, check, flags, serving, spec_of
-from r1distill.teacher.settings import Client, EndpointTeacher, RecordedTeacher, Sampling
+from r1distill.teacher.serve import (
+    Endpoint,
+    LlamaSpec,
+    Server,
+    VllmSpec,
+    check,
+    flags,
+    in_turn,
+    on_cpu,
+    serving,
+    spec_of,
+)
+from r1distill.teacher.settings import Client, EndpointTeacher, Sampling
 
 ENDPOINT = {"kind": "endpoint", "name": "e", "prompts": "p", "base_url": "https://x.org/v1", "model": "m"}
 FEW = Client(in_flight=2, attempts=6, backoff_seconds=0.1, timeout_seconds=120)
@@ -101,8 +113,9 @@ def test_a_server_that_dies_at_its_start_shows_the_end_of_its_log(tmp_path):
 
 def test_a_server_that_does_not_answer_in_time_is_ended(gguf, tmp_path, session):
     server = Server(spec(gguf, start_seconds=0), tmp_path)
+    server.launch()
     with pytest.raises(R1DistillError, match="doesn't answer after 0 s"):
-        server.start()
+        server.wait()
     leader = server._watcher.pid
     assert session(leader)
     server.stop()
@@ -167,18 +180,25 @@ def test_endpoints_of_others_need_their_key(monkeypatch, tmp_path):
     check(teacher)
     with serving(teacher, tmp_path) as endpoint:
         assert endpoint == Endpoint("https://x.org/v1", "m", key_variable="X_KEY")
-    assert spec_of(teacher, tmp_path) is None
-    with pytest.raises(RequestError, match="served by somebody else"), serving(None, tmp_path):
-        pass
+    assert spec_of(teacher, tmp_path) is teacher
 
 
-def test_recorded_teachers_are_not_served(tmp_path):
-    source = {"kind": "file", "path": "x.jsonl", "license": "mit"}
-    recorded = RecordedTeacher.model_validate(
-        {"kind": "recorded", "name": "r", "prompts": "p", "model": "m", "source": source}
-    )
-    with pytest.raises(RequestError, match="nothing to serve"):
-        spec_of(recorded, tmp_path)
+def test_servers_in_turn_leave_none_behind(gguf, tmp_path, session, gone):
+    names = [f"{place}-{tmp_path.name}" for place in ("first", "second", "third")]
+    seen = []
+
+    def running() -> list[bool]:
+        lines = [file.read_bytes().decode(errors="replace") for file in Path("/proc").glob("[0-9]*/cmdline")]
+        return [any(name in line for line in lines) for name in names]
+
+    with closing(in_turn([spec(gguf, served_name=name) for name in names], tmp_path)) as endpoints:
+        for endpoint in endpoints:
+            seen.append(httpx.get(f"{endpoint.base_url}/models").json()["data"][0]["id"])
+            if len(seen) == 2:
+                assert running() == [False, True, on_cpu()]
+                break
+    assert seen == names[:2]
+    assert running() == [False, False, False]
 
 
 def test_options_become_flags():
