@@ -108,15 +108,15 @@ def _show_scores(scores: dict[str, Any], out: Console) -> None:
     for name, bench in scores["benchmarks"].items():
         out.print()
         table = _table(
-            "model", "accuracy", "95% interval", "questions", "cut off", "tokens", "size", "runtime",
-            right=("accuracy", "95% interval", "questions", "cut off", "tokens", "size"),
+            "model", "accuracy", "95% interval", "asked", "cut off", "tokens", "size", "runtime",
+            right=("accuracy", "95% interval", "asked", "cut off", "tokens", "size"),
             title=f"{bench['title']} ({name}): mean of k samples",
         )  # fmt: skip
         for model, row in bench["models"].items():
             table.add_row(
                 model,
                 _percent(row["accuracy"]),
-                f"{_percent(row['low'])}–{_percent(row['high'])}",
+                f"{100 * row['low']:.1f}–{_percent(row['high'])}",
                 f"{row['questions']} × {row['k']}",
                 _percent(row["truncated"]),
                 f"{row['mean_tokens']:.0f}",
