@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from r1distill.data.selection import Removed
 
 BUCKETS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens
 
@@ -17,6 +20,7 @@ class Facts:
     title: str
     lineage: dict[str, Any]
     rejected: Counter[str] = field(default_factory=Counter)
+    removed: list[Removed] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
     domains: Counter[str] = field(default_factory=Counter)
@@ -24,6 +28,7 @@ class Facts:
     teachers: Counter[tuple[str, str]] = field(default_factory=Counter)  # (as reported, revision)
     samplings: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
+    pass_rates: Counter[float] = field(default_factory=Counter)  # by tenths
 
     def add(self, row: dict[str, Any], trace: dict[str, Any]) -> None:
         """Count one training row and the trace that it came from."""
@@ -34,6 +39,8 @@ class Facts:
         self.sources[row["source"], row["license"]] += 1
         self.teachers[trace["teacher"], trace["teacher_revision"]] += 1
         self.samplings[trace["sampling"]] += 1
+        if row["pass_rate"] is not None:
+            self.pass_rates[round(row["pass_rate"], 1)] += 1
         self.lengths[next((edge for edge in BUCKETS if tokens <= edge), BUCKETS[-1] + 1)] += 1
 
     def card(self) -> str:
@@ -65,7 +72,9 @@ class Facts:
                 *_table("Teacher, revision", ((f"{t}, {r}", n) for (t, r), n in self.teachers.items())),
                 *_table("Sampling", ((f"`{s}`", n) for s, n in self.samplings.items())),
                 *_table("Completion tokens, up to", ((edge_name(e), self.lengths[e]) for e in sorted(self.lengths))),
+                *_table("Pass rate of the prompt, about", sorted(self.pass_rates.items())),
                 *_table("Not kept, because", self.rejected.most_common()),
+                *self._removed(),
                 "## Columns",
                 "",
                 "`messages` holds the user's message and the assistant's, with its `thinking` (without tags) and its "
@@ -77,6 +86,10 @@ class Facts:
                 "",
             ]
         )
+
+    def _removed(self) -> list[str]:
+        rows = [f"| {one.check} | {one.traces:,} | {one.alone:,} |" for one in self.removed]
+        return ["| Check | traces that fail it | and no other |", "|---|---|---|", *rows, ""] if rows else []
 
 
 def edge_name(edge: int) -> str:

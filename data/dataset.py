@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
-import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,9 @@ import pyarrow.parquet as pq
 from r1distill.data import cards, schema
 from r1distill.data.errors import R1DistillError
 from r1distill.data.result import Result
-from r1distill.data.settings import CHECKS, Selection, VerdictSettings
-from r1distill.data.verdicts import overall
+from r1distill.data.selection import choose, removed
+from r1distill.data.settings import Selection, VerdictSettings
 
-Key = tuple[str, int]
 SPLITS = ("train", "validation")
 
 
@@ -42,13 +39,13 @@ def build(
     trace_table = schema.read(traces, schema.TRACE)
     about = {row["prompt_id"]: row for row in schema.rows(schema.read(prompts, schema.PROMPT), _ABOUT)}
     domains = {key: row["domain"] for key, row in about.items()}
-    chosen, rejected = _choose(settings, rules, trace_table, verdicts, domains)
+    choice = choose(settings, rules, trace_table, verdicts, domains)
     facts = cards.Facts(title=title, lineage=lineage)
     kept: Counter[str] = Counter()
     writers = {name: schema.TableWriter(out / name, schema.TRAINING_ROW) for name in SPLITS}
     for trace in schema.rows(trace_table):
-        if (trace["prompt_id"], trace["sample"]) in chosen:
-            row = training_row(trace, about[trace["prompt_id"]])
+        if (trace["prompt_id"], trace["sample"]) in choice.chosen:
+            row = training_row(trace, about[trace["prompt_id"]], choice.pass_rates.get(trace["prompt_id"]))
             split = split_of(trace["prompt_id"], settings.validation_share)
             writers[split].append(row)
             kept[split] += 1
@@ -57,48 +54,21 @@ def build(
         writer.close()
     if not kept.total():
         raise R1DistillError(
-            f"no trace passed its verdicts: {dict(rejected)}. Look at them: r1distill inspect {traces}"
+            f"no trace was selected: {dict(choice.rejected)}. Look at them: r1distill inspect {traces}"
         )
     schema.write_splits(out, list(SPLITS))
     _write_parquet(out)
-    facts.rejected = rejected
+    facts.rejected, facts.removed = choice.rejected, removed(verdicts)
     (out / "README.md").write_text(facts.card(), encoding="utf-8")
-    metrics = {"splits": dict(kept), "prompts": len({key for key, _ in chosen}), "completion_tokens": facts.tokens}
-    return Result(trace_table.num_rows, kept.total(), dict(rejected), metrics, unit="traces")
+    metrics = {
+        "splits": dict(kept),
+        "prompts": len({key for key, _ in choice.chosen}),
+        "completion_tokens": facts.tokens,
+    }
+    return Result(trace_table.num_rows, kept.total(), dict(choice.rejected), metrics, unit="traces")
 
 
 _ABOUT = ["prompt_id", "domain", "source", "license"]
-
-
-def outcomes_of(verdicts: Path, required: Sequence[str] = CHECKS) -> dict[Key, tuple[str, str]]:
-    """(outcome, first reason against it) of every trace over its required checks."""
-    columns = ["prompt_id", "sample", "check", "outcome", "reason"]
-    rows = schema.rows(schema.read(verdicts, schema.VERDICT), columns)
-    by_trace = itertools.groupby(rows, key=lambda row: (row["prompt_id"], row["sample"]))
-    return {key: overall(required, checks) for key, checks in by_trace}
-
-
-def _choose(
-    settings: Selection, rules: VerdictSettings, traces: Any, verdicts: Path, domains: dict[str, str]
-) -> tuple[set[Key], Counter[str]]:
-    """The keys of the selected traces, and the reasons of all others."""
-    outcomes = outcomes_of(verdicts, rules.required)
-    passing: dict[str, list[tuple[int, int]]] = {}
-    rejected: Counter[str] = Counter()
-    for row in schema.rows(traces, ["prompt_id", "sample", "completion_tokens"]):
-        outcome, reason = outcomes.get((row["prompt_id"], row["sample"]), ("unverifiable", "no verdict"))
-        unruled = outcome == "unverifiable" and domains.get(row["prompt_id"]) in rules.keep_unverified
-        if outcome == "pass" or unruled:
-            length = (row["completion_tokens"] or 0) if settings.policy == "shortest" else 0
-            passing.setdefault(row["prompt_id"], []).append((length, row["sample"]))
-        else:
-            rejected[reason] += 1
-    chosen: set[Key] = set()
-    for key, found in passing.items():
-        best = found if settings.policy == "all" else heapq.nsmallest(settings.per_prompt, found)
-        chosen |= {(key, sample) for _, sample in best}
-        rejected["not selected"] += len(found) - len(best)
-    return chosen, +rejected
 
 
 def split_of(prompt_id: str, validation_share: float) -> str:
@@ -107,7 +77,7 @@ def split_of(prompt_id: str, validation_share: float) -> str:
     return "validation" if point < validation_share else "train"
 
 
-def training_row(trace: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+def training_row(trace: dict[str, Any], about: dict[str, Any], pass_rate: float | None) -> dict[str, Any]:
     """A trace as messages: exactly what the teacher was told, then its thinking and its response."""
     told = [message for message in json.loads(trace["request_text"]) if message["role"] == "user"][-1]["content"]
     return {
@@ -121,6 +91,7 @@ def training_row(trace: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]
         "source": about["source"],
         "license": about["license"],
         "completion_tokens": trace["completion_tokens"],
+        "pass_rate": pass_rate,
     }
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from r1distill.data import schema
 from r1distill.data.cards import BUCKETS, edge_name
-from r1distill.data.dataset import outcomes_of
 from r1distill.data.errors import RequestError
+from r1distill.data.selection import Removed, outcomes, removed
 
 
 def newest(home: Path, stage: str = "traces") -> Path:
@@ -44,7 +44,8 @@ class Traces:
         if self.verdicts_folder is None:
             return {}
         manifest = json.loads((self.verdicts_folder / "manifest.json").read_text(encoding="utf-8"))
-        return outcomes_of(self.verdicts_folder, manifest["identity"]["decides"]["verdicts"]["required"])
+        required = manifest["identity"]["decides"]["verdicts"]["required"]
+        return {key: (outcome, reason) for key, outcome, reason in outcomes(self.verdicts_folder, required)}
 
     def states(self) -> dict[str, int]:
         """Traces by state: done, truncated, refused, failed."""
@@ -53,6 +54,10 @@ class Traces:
     def reasons(self) -> dict[str, int]:
         """Traces by what their verdicts say: passed, or the first reason against them."""
         return dict(Counter(reason or "passed" for _, reason in self.outcomes.values()).most_common())
+
+    def removed(self) -> list[Removed]:
+        """What each check removed, alone and together with others."""
+        return removed(self.verdicts_folder) if self.verdicts_folder else []
 
     def lengths(self) -> dict[int, int]:
         """Traces by completion tokens: {upper edge of the bucket: traces}."""
@@ -104,6 +109,8 @@ class Traces:
         never, always = sum(rate == 0 for rate in rates), sum(rate == 1 for rate in rates)
         solved = [f"{never:,} questions never right, {always:,} always"] if rates else []
         heads = [f"{len(self):,} traces", *_lines(self.states()), "", "verdicts", *_lines(self.reasons()), *solved]
+        heads += ["", "   fails     alone  check"] if self.verdicts_folder else []
+        heads += [f"{one.traces:>8,}  {one.alone:>8,}  {one.check}" for one in self.removed()]
         return "\n".join([*heads, "", "completion tokens", *bars])
 
 

@@ -81,6 +81,7 @@ TRAINING_ROW = pa.schema(
         ("source", _TEXT),
         ("license", _TEXT),
         ("completion_tokens", _INT),
+        ("pass_rate", pa.float64()),  # of the prompt's traces that were judged, how many were right
     ]
 )
 

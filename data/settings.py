@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from r1distill.data.config import Settings, execution
 from r1distill.data.sources import Source
@@ -35,11 +35,20 @@ class VerdictSettings(Settings):
     workers: int | None = execution(None)  # processes; null: one for each core, at most 16
 
 
+class Band(Settings):
+    """Shares of right traces between which a prompt is neither too hard nor too easy; both ends belong to it."""
+
+    min: float = Field(0.0, ge=0, le=1)
+    max: float = Field(1.0, ge=0, le=1)
+
+
 class Selection(Settings):
-    """Which of a prompt's passing traces are kept, and how many prompts are set aside for validation."""
+    """Which of the passing traces are kept, and how many prompts are set aside for validation."""
 
     policy: Literal["first", "shortest", "all"] = "first"
     per_prompt: int = Field(1, gt=0)  # at most so many of a prompt's traces; `all` keeps every one
+    pass_rate: Band | None = None  # null: prompts of every difficulty
+    proportions: dict[str, NonNegativeFloat] = {}  # domain → weight: the largest selection that keeps them; {}: all
     validation_share: float = Field(0.02, ge=0, lt=1)  # of the prompts, by hash: it is stable as prompts are added
 
 

@@ -55,6 +55,9 @@ def distill(
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     changes: Changes = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be built and what is there.")] = False,
+    pilot: Annotated[
+        int | None, typer.Option(help="Ask for this many prompts, judge them, and forecast the whole run; then stop.")
+    ] = None,
     to: Annotated[str, typer.Option(help="'folder', or 'hub' to upload the publication when it is done.")] = "folder",
     as_json: Json = False,
 ) -> None:
@@ -68,10 +71,12 @@ def distill(
         return
     if to not in ("folder", "hub"):
         raise typer.BadParameter(f"--to takes 'folder' or 'hub', found '{to}'.")
+    if pilot is not None:
+        until = "prompts"
     stages = runner.stage_names(until)
     if "scores" in stages:
         run.check_held_out()
-    plan.check(run.student, run.teacher, run.hardware, stages=stages)
+    plan.check(run.student, run.teacher, run.hardware, stages=stages if pilot is None else ["prompts", "traces"])
     steps = runner.chain(run, until)
     done: list[runner.Done] = []
     failed: list[str] = []
@@ -80,6 +85,11 @@ def distill(
         failed += item.artifact.manifest["failed_gates"]
         if not as_json:
             report.show_stage(item, out)
+    if pilot is not None:
+        from r1distill.pipeline.pilot import run_pilot
+
+        report.show_pilot(run_pilot(run, done[0].artifact.path, pilot), out, as_json)
+        return
     report.show_end(run, done, out, as_json)
     if to == "hub" and done[-1].step.stage.name == "publication":
         _upload(done[-1].artifact.path, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +12,9 @@ from rich.table import Table
 from r1distill.pipeline.plan import Plan
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.runner import Done, Step
+
+if TYPE_CHECKING:
+    from r1distill.pipeline.pilot import Pilot
 
 
 def _table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
@@ -192,6 +195,26 @@ def show_totals(totals: dict[str, Any], file: Path, out: Console, as_json: bool)
     for reason, count in sorted(totals["reasons"].items(), key=lambda item: -item[1]):
         out.print(f"{count:>8,}  {reason}", markup=False)
     out.print(f"{totals['rows']:,} rows → {file}", markup=False)
+
+
+def show_pilot(pilot: Pilot, out: Console, as_json: bool) -> None:
+    """What a pilot found and what it says of the whole run."""
+    if as_json:
+        print(json.dumps(pilot.as_dict()))
+        return
+    out.print(f"{pilot.prompts:,} of {pilot.all_prompts:,} prompts, {pilot.samples} samples each", markup=False)
+    for word, counts in (("answers", pilot.states), ("not passed", pilot.reasons)):
+        found = ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]))
+        out.print(f"{word}: {found or 'none'}", markup=False)
+    table = _table("", "pilot", "whole run", "95% interval", right=("pilot", "whole run", "95% interval"))
+    for one in pilot.forecasts:
+        table.add_row(one.name, _amount(one.pilot), _amount(one.whole), f"{_amount(one.low)} – {_amount(one.high)}")
+    out.print(table)
+    out.print(f"{pilot.note} What the pilot asked for is in the ledger: the run will not ask it again.", markup=False)
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def show_plan(plan: Plan, out: Console, as_json: bool) -> None:

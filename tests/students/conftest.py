@@ -40,6 +40,7 @@ def row(prompt_id: str, question: str, thinking: str | None, response: str, samp
         "source": "test",
         "license": "mit",
         "completion_tokens": 1,
+        "pass_rate": 1.0,
     }
 
 
