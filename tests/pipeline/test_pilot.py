@@ -64,7 +64,7 @@ def workplace(tmp_path, monkeypatch):
     """A prompts file of 60 questions and an endpoint that answers them; R1DISTILL_HOME is in the folder."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    rows = [{"question": f"What is {number} doubled?", "reference_answer": str(2 * number)} for number in range(60)]
+    rows = [{"question": f"What is {number} times two?", "reference_answer": str(2 * number)} for number in range(60)]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"kind": "file", "path": str(tmp_path / "questions.jsonl"), "license": "mit"}
     (tmp_path / "doubles.yaml").write_text(json.dumps({"sources": [source]}))
