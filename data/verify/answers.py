@@ -14,13 +14,16 @@ _MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?:\*\*)?\s+(?=[A-Z*\\$(])")
+# The last of several items is not the answer, unless it says so.
+_ITEMS = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])\s.*\n\s*(?:[-*•]|\d+[.)])\s(?!.*(?:\*\*|\btotal\b|=)).*\Z", re.M | re.I)
 _CONNECTIVE = re.compile(
     r"[.!?]\s|\n\s*\n|\b(?:therefore|thus|hence|so|final|finally|which (?:is|means|gives))\b", re.I
 )
 # A sentence that says so has no answer to offer, whatever numbers it mentions.
 _HEDGE = re.compile(
-    r"\b(?:cannot|can['’]t|can not|could not|insufficient|not (?:provide )?enough|impossible|unanswerable|speculat\w*|"
-    r"undetermined|indeterminate|unclear|might|perhaps|assum\w+|(?:isn|doesn)['’]t|missing|incomplete|"
+    r"\b(?:cannot|can['’]t|can not|could not|insufficient|not provide|not enough|impossible|unanswerable|speculat\w*|"
+    r"undetermined|indeterminate|unclear|not (?:sure|certain)|might|perhaps|assum\w+|(?:isn|doesn)['’]t|missing|"
+    r"incomplete|"
     r"lacks? (?:sufficient|enough|necessary|relevant|the|any|information|context|data))\b",
     re.I,
 )
@@ -49,7 +52,7 @@ def final_answer(response: str, question: str = "") -> str | None:
         return None
     markers = list(_MARKER.finditer(response))
     ending = response[markers[-1].end() :] if markers else _last_line(response)
-    if _HEDGE.search(ending):
+    if _HEDGE.search(ending) or (not markers and _ITEMS.search(response)):
         return None
     sentences = _SENTENCE_END.split(re.split(r"\n\s*\n", ending.strip(), maxsplit=1)[0])
     return _stated(sentences[0 if markers else -1].strip(), question)

@@ -1,28 +1,37 @@
 """Correctness of mathematics: the final answer against the reference.
 
-Numbers are compared exactly, words as words, and everything else by math-verify. math-verify can hang (sympy may try to
-expand 9^(9^9)): call ``examine`` where it can be killed.
+Numbers are compared exactly, words as words, several parts part by part, and formulas by math-verify. math-verify can
+hang: call ``examine`` where it can be killed.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterable
+from fractions import Fraction
 
+from r1distill.data.thinking import CLOSE, OPEN
+from r1distill.data.verify import formulas, moments, parts, words
 from r1distill.data.verify.answers import final_answer
 from r1distill.data.verify.check import Finding, failed, passed, unverifiable
-from r1distill.data.verify.quantities import compound, equal, quantity, tidy
+from r1distill.data.verify.quantities import Quantity, compound, equal, quantity, tidy
 
-VERSION = "math 1, math-verify 0.9"
+VERSION = "math 2, math-verify 0.9"
 LONGEST_ANSWER_CHARACTERS = 1000
 
-_WORDS = re.compile(r"\(?[A-J]\)?(?:, ?\(?[A-J]\)?)*|[^\W\d_]{2,}(?:['’. ,-]+[^\W\d_]{2,})*")
-_CHOICE = re.compile(r"\(?([A-J])\)?(?:[).:]\s*.*|\s*\(.*\))?", re.S)
-_BASED = re.compile(r"([0-9A-F]+)\s*_\s*\{?\s*(\d+)\s*\}?")
-_LIST_WORDS = re.compile(r"\s*,?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])\s*")
-_TRAILING_UNIT = re.compile(r"(?<=[\d})!a-z])\s*(?:°|(?<=[\s}])(?!in\b)[A-Za-z]{2,}[A-Za-z. /]*(?:\^\{?[23]\}?)?)$")
-_STRAY_WORDS = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
-_BRACKETS = re.compile(r"^(?:\\\{|[(\[]).*(?:\\\}|[)\]])$", re.S)
+_BASED = re.compile(r"\(?\s*(?P<digits>-?[0-9A-F]+)\s*\)?\s*_\s*\{?\s*(?P<base>\d+|[a-z]+)\s*\}?")
+_BASE_TEN = re.compile(r"(?<=\d)_\s*\{?\s*(?:10|ten)\s*\}?$")
+_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
+          "ten": "10", "eleven": "11", "twelve": "12", "sixteen": "16"}  # fmt: skip
+_SAYING = re.compile(r"^(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*[:=]?\s*", re.I)
+# What may stand before an equals sign as the name of a value: x, S_{10}, f(x), P(A), |z|, AB, \angle ABC, Total cost.
+_LABEL = re.compile(
+    r"^(?:\\?(?:angle|triangle|overline|m)\s*\\?(?:angle)?\s*\{?\s*[A-Z]{1,3}\s*\}?|\|\s*[A-Za-z]+\s*\||[A-Z]{2,3}"
+    r"|[A-Za-z](?:_\s*\{?\s*\w+\s*\}?)?'?\s*(?:\([^()=]*\))?|\\?[A-Za-z]{3,}(?: [A-Za-z]+){0,4})\s*=\s*(?=[^=<>]+$)"
+)
+_ROUNDED = re.compile(r"(?:,?\s*\bor\b\s*)?(?:\\approx(?![a-z])|≈|\b(?:which is )?(?:approximately|about)\b)")
+_RELATION = re.compile(r"[=<>≤≥]|\\(?:le|ge|lt|gt|ne)")
+_COMMA_DECIMAL = re.compile(r"-?\d{1,3}(?:[.,]\d{3})+|-?\d+[.,]\d+")
 
 
 def reference_of(text: str) -> str:
@@ -36,6 +45,7 @@ def examine(response: str, reference: str, question: str = "") -> Finding:
 
     ``question`` helps to tell the answer from numbers that are repeated. May run for ever or exhaust its memory limit.
     """
+    response = _after_thinking(response)
     if not response.strip():
         return failed("no response after the thinking")
     wanted = tidy(reference_of(reference))
@@ -48,102 +58,183 @@ def examine(response: str, reference: str, question: str = "") -> Finding:
     detail = f"answer {_short(found)}, reference {_short(wanted)}"
     if max(len(found), len(wanted)) > LONGEST_ANSWER_CHARACTERS:
         return unverifiable("the answer is too long to compare", detail)
-    verdict = _without_algebra(wanted, found)
-    if verdict is None:
-        verdict = _as_formulas(wanted, found)
+    verdict = _stated(wanted, _SAYING.sub("", found) or found)
     if isinstance(verdict, str):
         return unverifiable(verdict, detail)
     return passed(detail) if verdict else failed("wrong answer", detail)
 
 
-def _without_algebra(wanted: str, found: str) -> bool | str | None:
-    """True or False, or why it stays open, or None where the two have to be compared as formulas."""
+def _stated(wanted: str, found: str) -> bool | str:
+    """The answer as it is written, or as the exact and the rounded value that it gives ("2/3, or about 0.667")."""
+    verdict = compared(wanted, found)
+    values = [value.strip(" ,()") for value in _ROUNDED.split(found)]
+    if verdict is True or len(values) < 2:
+        return verdict
+    return any(compared(wanted, value) is True for value in values if value) or verdict
+
+
+def _after_thinking(response: str) -> str:
+    """Without thinking that was left in the response, or begun again in it."""
+    _, closed, after = response.rpartition(CLOSE)
+    return after if closed else response.partition(OPEN)[0]
+
+
+def compared(wanted: str, found: str) -> bool | str:
+    """Whether two tidy answers are equal, or why that stays open."""
+    if "_" not in wanted:
+        found = _BASE_TEN.sub("", found)
     if re.sub(r"\s", "", wanted) == re.sub(r"\s", "", found):
         return True
-    if (base := _BASED.fullmatch(wanted)) and (other := _BASED.fullmatch(found) or re.fullmatch(r"([0-9A-F]+)", found)):
-        return base[1] == other[1] and base[2] == (other[2] if other.re is _BASED else base[2])
-    if _WORDS.fullmatch(wanted) and not _is_symbolic(wanted):
-        return _same_words(wanted, found)
-    reference, answer = quantity(wanted), quantity(found)
-    if reference and answer:
-        verdict = equal(reference, answer)
-        return "the answer differs from the reference in its unit" if verdict is None else verdict
-    if reference and (parts := compound(found)):
-        return any(equal(reference, part) for part in parts)
-    if reference and not re.search(r"[\d\\]", found) and not _is_symbolic(found):
-        return False  # words where a number was asked for
-    return None
+    for rule in (_in_base, moments.compared, _as_numbers, _as_words, _as_ratios, _by_part):
+        verdict = rule(wanted, found)
+        if verdict is not None:
+            return verdict
+    return _by_collection(wanted, found)
 
 
-def _is_symbolic(text: str) -> bool:
-    """One or two letters may be a variable; a longer word is a word."""
-    return len(text) < 3 and not re.fullmatch(r"\(?[A-J]\)?", text)
+def _unnamed(wanted: str, found: str) -> tuple[str, str]:
+    """Without the name of the value ("Area = 12") on one side where the other has none."""
+    if _RELATION.search(wanted) is None:
+        return wanted, _LABEL.sub("", found)
+    return (_LABEL.sub("", wanted) if _RELATION.search(found) is None else wanted), found
 
 
-def _same_words(wanted: str, found: str) -> bool | str | None:
-    letter = re.fullmatch(r"\(?([A-J])\)?", wanted)  # several letters are compared as words
-    if letter:
-        chosen = _CHOICE.fullmatch(found)
-        return chosen[1] == letter[1] if chosen else "the answer names no choice"
-    ours, theirs = (re.findall(r"\w+", text.casefold()) for text in (wanted, found))
-    if ours == theirs:
-        return True
-    return "the answer says more than the reference" if set(ours) <= set(theirs) else False
-
-
-def _as_formulas(wanted: str, found: str) -> bool | str:
-    """Whether math-verify takes two tidy answers for equal, or why it can't say."""
-    from math_verify import verify
-
-    wanted, found = _formula(wanted), _formula(found)
-    reference = _parsed(wanted)
-    if reference is None:
-        return "the reference can't be read as mathematics"
-    answers = [answer for part in re.split(r"\\approx|≈", found) if (answer := _parsed(part)) is not None]
-    if not answers:
-        return "the answer can't be read as mathematics"
-    if {_kind(wanted), _kind(found)} == {"set", "tuple"}:
-        return False
-    return any(verify(reference, answer, timeout_seconds=None) and _close(reference, answer) for answer in answers)
-
-
-def _formula(text: str) -> str:
-    """The text without what math-verify would drop or misread: units behind it, words for commas, "x in"."""
-    text = _LIST_WORDS.sub(", ", text)
-    text = re.sub(r"^[A-Za-z](?:_\w)?\s*(?:\\in(?![a-z])|∈)\s*", "", text)
-    text = _TRAILING_UNIT.sub("", text)
-    return text.replace("°", "").strip()
-
-
-def _parsed(text: str) -> Any | None:
-    """The formula as math-verify reads it; None with words in it, which it would multiply letter by letter or skip."""
-    from math_verify import LatexExtractionConfig, parse
-
-    if _STRAY_WORDS.search(re.sub(r"\\(?:begin|end)\s*\{[a-z]*\}", "", text)):
+def _in_base(wanted: str, found: str) -> bool | str | None:
+    sides = [_BASED.fullmatch(side) or re.fullmatch(r"(?P<digits>-?[0-9A-F]+)", side) for side in (wanted, found)]
+    written = [_BASES.get(side["base"], side["base"]) for side in sides if side and "base" in side.re.groupindex]
+    if None in sides or not written:
         return None
-    found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    return found[0] if found else None
+    same = len({side["digits"].lstrip("0") for side in sides if side}) == 1
+    if same and _BASED.fullmatch(wanted) is None:
+        return "the answer is in a base, the reference names none"
+    return len(set(written)) == 1 and same
 
 
-def _kind(text: str) -> str:
-    """How a collection is written: math-verify takes the point (1, 2) for the set {1, 2}."""
-    if not _BRACKETS.match(text) or "," not in text:
-        return "list" if "," in text else "one"
-    return "set" if text.startswith("\\{") else "tuple"
-
-
-def _close(reference: Any, answer: Any) -> bool:
-    """math-verify rounds differences to some decimals, which makes all small numbers equal: hold numbers to relative
-    errors, entry by entry in matrices."""
-    from sympy import Expr, Float, MatrixBase
-
-    if isinstance(reference, MatrixBase) and isinstance(answer, MatrixBase):
-        return reference.shape == answer.shape and all(map(_close, reference.flat(), answer.flat()))
-    if not (isinstance(reference, Expr) and isinstance(answer, Expr)) or reference.free_symbols | answer.free_symbols:
+def _as_numbers(wanted: str, found: str) -> bool | str | None:
+    wanted, found = _unnamed(wanted, found)
+    references, answers = _quantities(wanted), _quantities(found)
+    if not references:
+        return None
+    verdicts = [equal(reference, answer) for reference in references for answer in answers]
+    if True in verdicts:
         return True
-    tolerance = 1e-6 if reference.has(Float) or answer.has(Float) else 1e-12
-    a, b = (side.doit().evalf(20) for side in (reference, answer))
-    return bool(a == b) or any(bool(abs(a - other) <= tolerance * abs(a)) for other in (b, b * 100, b / 100))
+    if None in verdicts:
+        return "the answer differs from the reference in its unit"
+    if _COMMA_DECIMAL.fullmatch(found):
+        other = quantity(found.translate(str.maketrans(",.", ".,")))
+        if other and any(equal(reference, other) for reference in references):
+            return "the answer's comma or point may be a decimal one"
+    # Words where a number was asked for are wrong.
+    return None if not answers and (re.search(r"[\d\\]", found) or len(found) < 3) else False
+
+
+def _quantities(text: str) -> list[Quantity]:
+    """The quantity that a text states, in each unit that it may be told in; a chain of equals states its last."""
+    chain = [quantity(side.strip()) for side in text.split("=")]
+    return compound(text) or ([chain[-1]] if chain[-1] and all(chain) else [])
+
+
+def _as_words(wanted: str, found: str) -> bool | str | None:
+    return words.compared(wanted, found) if words.is_words(wanted) else None
+
+
+def _as_ratios(wanted: str, found: str) -> bool | str | None:
+    reference, answer = _ratio(wanted), _ratio(found)
+    if reference is None or answer is None or len(reference) == len(answer) == 1:
+        return None
+    if 1 in (len(reference), len(answer)):
+        pair, [value] = (answer, reference) if len(reference) == 1 else (reference, answer)
+        return len(pair) == 2 and pair[1] != 0 and pair[0] / pair[1] == value
+    same = len(reference) == len(answer) and all(
+        a * answer[0] == b * reference[0] for a, b in zip(reference, answer, strict=True)
+    )
+    times = moments.clock(wanted) and moments.clock(found)
+    return "the answer may be a time or a ratio" if same and times else same
+
+
+def _ratio(text: str) -> list[Fraction] | None:
+    terms = [quantity(term.strip()) for term in re.split(r"\s*:\s*|\\colon|\s+(?:to|in|out of)\s+", text)]
+    return [term.value * term.scale for term in terms if term] if all(terms) else None
+
+
+def _by_part(wanted: str, found: str) -> bool | str | None:
+    """Labelled or named values, each with its own."""
+    wanted, found = parts.spelled(wanted), parts.spelled(found)
+    ours, theirs = parts.labelled(wanted), parts.labelled(found)
+    if ours or theirs:
+        return _each(ours or parts.split(wanted), theirs or parts.split(found))
+    mine, yours = parts.named(wanted), parts.named(found)
+    if mine and yours:
+        if mine.keys() != yours.keys():
+            return None
+        return _each([*mine.values()], [yours[name] for name in mine])
+    pairs, other = (mine, found) if mine else (yours, wanted)
+    collected = parts.collection(other) if pairs else None
+    if not pairs or not collected or collected.kind != "tuple":
+        return None
+    values = [pairs[name] for name in sorted(pairs)]
+    return _each(collected.items, values) if other is wanted else _each(values, collected.items)
+
+
+def _by_collection(wanted: str, found: str) -> bool | str:
+    """Lists and sets in any order, tuples, matrices and intervals in theirs; all else is one formula."""
+    wanted, found = _as_intervals(*map(parts.spelled, _unnamed(wanted, found)))
+    pieces = [[piece.strip() for piece in re.split(r"\\cup(?![a-z])", side)] for side in (wanted, found)]
+    if all(len(side) > 1 for side in pieces):
+        return _in_any_order(*pieces) is True or formulas.compared(wanted, found)
+    ours, theirs = parts.collection(wanted), parts.collection(found)
+    if ours is None or theirs is None:
+        several = ours or theirs
+        # A set or a matrix may be written as a formula; a list is never one number.
+        return False if several and several.kind == "list" else formulas.compared(wanted, found)
+    kinds = {ours.kind, theirs.kind}
+    if kinds <= {"list", "set"}:
+        return _in_any_order(ours.items, theirs.items)
+    if kinds == {"set", "tuple"} or ("matrix" in kinds and kinds & {"set", "list"}):
+        return False
+    if len(kinds) == 1 and len(ours.items) == 2 and ours.kind == "tuple" and ours.ends != theirs.ends:
+        return False  # an end of the interval
+    if kinds == {"matrix"} and ours.ends != theirs.ends:
+        return False
+    verdict = _each(ours.items, theirs.items)
+    if "list" in kinds and verdict is False and _in_any_order(ours.items, theirs.items) is True:
+        return "the order of the answer's parts is open"
+    return verdict
+
+
+def _as_intervals(wanted: str, found: str) -> tuple[str, str]:
+    """Inequalities as the intervals they describe, unless they are about different variables."""
+    reference, answer = parts.ranges(wanted), parts.ranges(found)
+    if reference and answer and reference[0] != answer[0]:
+        return wanted, found
+    return reference[1] if reference else wanted, answer[1] if answer else found
+
+
+def _each(wanted: list[str], found: list[str]) -> bool | str:
+    if len(wanted) != len(found):
+        return False
+    return _all(compared(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def _in_any_order(wanted: list[str], found: list[str]) -> bool | str:
+    if len(wanted) != len(found):
+        return False
+    left = list(found)
+    for reference in wanted:
+        verdicts = [compared(reference, answer) for answer in left]
+        if True in verdicts:
+            del left[verdicts.index(True)]
+        elif all(verdict is False for verdict in verdicts):
+            return False
+        else:
+            return next(verdict for verdict in verdicts if verdict is not False)
+    return True
+
+
+def _all(verdicts: Iterable[bool | str]) -> bool | str:
+    """False if one is, else the first that stays open, else True."""
+    seen = list(verdicts)
+    return False if False in seen else next((verdict for verdict in seen if verdict is not True), True)
 
 
 def _short(text: str, limit: int = 80) -> str:

@@ -4,55 +4,165 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
+
+from r1distill.data.errors import R1DistillError
 
 A = TypeVar("A", bound=tuple[Any, ...])
 R = TypeVar("R")
 
-IN_FLIGHT_PER_WORKER = 16
+IN_FLIGHT_PER_WORKER = 64
+BATCH = 16  # inputs in one message; every result comes back alone, so a hang is known by its input
 MEMORY_BYTES = 4 << 30  # of one worker; sympy can ask for all there is
+START_SECONDS = 120
 
 
 def ordered(
-    function: Callable[..., R], inputs: Iterable[A], workers: int, timeout_seconds: float
+    function: Callable[..., R], inputs: Iterable[A], workers: int, timeout_seconds: float | Callable[..., float]
 ) -> Iterator[tuple[A, R | str]]:
     """Yield (input, function(*input)) in the order of the inputs; where a call hangs, dies or raises, why as a string.
 
-    A call that exceeds ``timeout_seconds`` is killed with its process; the others go on.
+    A call that exceeds ``timeout_seconds`` (a number, or what gives it for an input) is killed with its process; the
+    others go on. ``function`` is importable.
     """
-    from pebble import ProcessPool
-
-    # Workers are forked from a small server that has math-verify loaded: a killed one is replaced at once, and none
-    # inherits the threads or the memory of this process.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["r1distill.data.verify.pool", "math_verify"])
-    executor = ProcessPool(max_workers=workers, initializer=_start, context=context)
-    waiting: deque[tuple[A, Any]] = deque()
+    source = enumerate(inputs)
+    drawn: deque[tuple[int, A]] = deque()  # and not yet yielded
+    todo: deque[tuple[int, A]] = deque()
+    done: dict[int, R | str] = {}
+    pool = [_Worker(function) for _ in range(workers)]
     try:
-        for one in inputs:
-            waiting.append((one, executor.schedule(function, args=one, timeout=timeout_seconds)))
-            if len(waiting) >= workers * IN_FLIGHT_PER_WORKER:
-                yield _result(*waiting.popleft())
-        while waiting:
-            yield _result(*waiting.popleft())
+        more = True
+        while True:
+            while more and len(drawn) < workers * IN_FLIGHT_PER_WORKER:
+                more = (one := next(source, None)) is not None
+                if one is not None:
+                    drawn.append(one)
+                    todo.append(one)
+            if not drawn:
+                return
+            share = BATCH if more else min(BATCH, -(-len(todo) // (2 * workers)))  # the last ones evenly
+            for worker in pool:
+                if worker.ready and not worker.asked and todo:
+                    worker.ask(todo, share)
+            _collect(pool, done, timeout_seconds, waiting=drawn[0][0] not in done)
+            for place, worker in enumerate(pool):
+                if worker.stopped is not None:
+                    pool[place] = worker.replaced(function, done, todo)
+            for _ in range(BATCH):
+                if drawn and drawn[0][0] in done:
+                    number, one_input = drawn.popleft()
+                    yield one_input, done.pop(number)
     finally:
-        executor.stop()
-        executor.join()
+        for worker in pool:
+            worker.kill()
 
 
-def _result(one: A, future: Any) -> tuple[A, Any]:
-    from pebble import ProcessExpired
+@dataclass
+class _Worker:
+    """A process and what it was asked: a hang or a death is its first unanswered input's."""
 
-    try:
-        return one, future.result()
-    except TimeoutError:
-        return one, "the verifier ran out of time"
-    except ProcessExpired:
-        return one, "the verifier died"
-    except Exception as error:  # sympy raises almost anything on odd input
-        return one, f"the verifier raised {type(error).__name__}"
+    function: Callable[..., Any]
+    asked: deque[tuple[int, Any]] = field(default_factory=deque)
+    ready: bool = False
+    stopped: str | None = None  # why it is of no more use
+
+    def __post_init__(self) -> None:
+        # Forked from a small server that has math-verify loaded: a killed one is replaced at once, and none inherits
+        # the threads or the memory of this process.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["r1distill.data.verify.pool", "r1distill.data.verify.math", "math_verify"])
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(self.function, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.since = time.monotonic()
+
+    def ask(self, todo: deque[tuple[int, Any]], share: int) -> None:
+        """Send the first of ``todo``; only to an idle worker, which is reading, so that no side waits for ever."""
+        self.asked.extend(todo.popleft() for _ in range(min(share, len(todo))))
+        self.since = time.monotonic()
+        try:
+            self.connection.send([one for _, one in self.asked])
+        except OSError:  # killed while it was idle: none of them is to blame
+            self.stopped = "the verifier died"
+            todo.extendleft(reversed(self.asked))
+            self.asked.clear()
+
+    def limit(self, timeout_seconds: float | Callable[..., float]) -> float:
+        """How many seconds it has for what it does."""
+        if not self.ready:
+            return START_SECONDS
+        return timeout_seconds(*self.asked[0][1]) if callable(timeout_seconds) else timeout_seconds
+
+    def receive(self, done: dict[int, Any]) -> None:
+        """Take what has come back so far."""
+        try:
+            while self.connection.poll():
+                result = self.connection.recv()
+                self.since = time.monotonic()
+                if self.ready:
+                    done[self.asked.popleft()[0]] = result
+                self.ready = True
+        except (EOFError, OSError):
+            self.stopped = "the verifier died"
+
+    def replaced(self, function: Callable[..., Any], done: dict[int, Any], todo: deque[tuple[int, Any]]) -> _Worker:
+        """A fresh worker; the input that stopped this one is done with, those behind it are asked again."""
+        self.kill()
+        if not self.ready:
+            raise R1DistillError(
+                f"A verifier process could not start: {self.process.exitcode=}. Its own message stands above; "
+                "expected a function that can be imported and enough memory for math-verify."
+            )
+        if self.asked:
+            done[self.asked.popleft()[0]] = self.stopped
+        todo.extendleft(reversed(self.asked))
+        return _Worker(function)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _collect(
+    pool: list[_Worker], done: dict[int, Any], timeout_seconds: float | Callable[..., float], waiting: bool
+) -> None:
+    """Take results; where one is ``waiting`` for them, until some are there or a worker has exceeded its time."""
+    busy = {worker.connection: worker for worker in pool if worker.asked or not worker.ready}
+    limits = {key: worker.limit(timeout_seconds) for key, worker in busy.items()}
+    now = time.monotonic()
+    patience = min((worker.since + limits[key] - now for key, worker in busy.items()), default=0) if waiting else 0
+    for connection in wait(list(busy), max(0, patience)):
+        busy[connection].receive(done)  # type: ignore[index]
+    now = time.monotonic()
+    for key, worker in busy.items():
+        if worker.asked and worker.stopped is None and now - worker.since > limits[key] and not key.poll():
+            worker.stopped = "the verifier ran out of time"
+        elif not worker.ready and now - worker.since > START_SECONDS:
+            worker.stopped = "the verifier did not start"
+
+
+def _work(function: Callable[..., Any], connection: Connection) -> None:
+    """A worker's life: batches of inputs in, results out one by one, until the other end is closed."""
+    _start()
+    connection.send(None)
+    while True:
+        try:
+            batch = connection.recv()
+        except EOFError:
+            return
+        for one in batch:
+            try:
+                result = function(*one)
+            except Exception as error:  # sympy raises almost anything on odd input
+                result = f"the verifier raised {type(error).__name__}"
+            connection.send(result)
 
 
 def _start() -> None:
@@ -62,6 +172,7 @@ def _start() -> None:
     import resource
     import signal
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     if os.uname().sysname == "Linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -6,30 +6,53 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from r1distill.data.verify.units import NONE, Unit, known, unit
+
 SCALES = {
     "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
 }  # fmt: skip
 
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
+# Units of one capital letter: once their \\text is gone, they look like variables.
+_SYMBOLS = {"N": "newton", "J": "joule", "K": "kelvin", "W": "watt", "V": "volt", "T": "tesla", "L": "liter"}
+_SYMBOL = re.compile(r"([\d}](?:\s|\\[,;: !]|~)*)\\(?:text|mathrm|textrm)\s*\{\s*([NJKWVTL])\s*\}(?!\s*_)")
 _SPACING = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad\b|qquad\b|displaystyle\b|left(?![a-z])|right(?![a-z]))|~")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _FRACTION = r"\\frac\s*(?:\{\s*(?P<n>[-+]?\d+)\s*\}|(?P<n1>\d))\s*(?:\{\s*(?P<d>\d+)\s*\}|(?P<d1>\d+))"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[$€£¥₹]?)\s*(?P<sign2>[-+]?)\s*"
-    rf"(?:(?P<whole>{_DIGITS})?\s*{_FRACTION}|(?P<top>{_DIGITS})\s*/\s*(?P<bottom>\d+)|(?P<decimal>{_DIGITS}))"
+    rf"(?:(?P<whole>{_DIGITS})?\s*{_FRACTION}|(?P<whole2>\d+) (?P<n2>\d+)/(?P<d2>\d+)"
+    rf"|(?P<top>{_DIGITS})\s*/\s*(?P<bottom>\d+)|(?P<fixed>\d*\.\d*)\s*\\(?:overline|bar)\s*\{{?\s*(?P<repeated>\d+)\s*\}}?"
+    rf"|(?P<decimal>{_DIGITS})(?:\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*\{{?\s*(?P<power>[-+]?\d{{1,3}})\s*\}}?"
+    rf"|[eE](?P<power2>[-+]?\d{{1,3}}))?)"
     rf"\s*(?P<unit>.*)",
     re.S,
 )
 _UNIT = re.compile(
-    r"(?P<percent>%|percent\b|percentage points?\b)?\s*(?P<name>[^\W\d_][^\d\\{}=<>+*|]*(?:\^\{?[23]\}?)?|°|²|³)?"
+    r"(?P<percent>%|percent\b|percentage points?\b)?\s*"
+    r"(?P<name>[^\W\d_][^\d\\{}=<>+*|]*(?:\^ ?\{? ?[23] ?\}?)?|° ?[CF]?|[²³¢€£])?"
 )
-_CLOCK = re.compile(r"(\d{1,2})(?::00)? ?([ap])\.?m\.?|(\d{1,2}):00", re.I)
-_ALIASES = {
-    "degree": "°", "dollar": "$", "usd": "$", "buck": "$", "cent": "¢", "inche": "in", "inch": "in", "feet": "ft",
-    "foot": "ft", "yard": "yd", "mile": "mi", "millimeter": "mm", "centimeter": "cm", "centimetre": "cm", "meter": "m",
-    "metre": "m", "kilometer": "km", "kilometre": "km", "hour": "h", "hr": "h", "minute": "min", "second": "s",
-    "sec": "s", "gram": "g", "kilogram": "kg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l", "square": "sq",
-}  # fmt: skip
+# Words behind a number that are no unit of it: they change what is said.
+_NO_UNIT = re.compile(
+    r"\b(?:or|not|to|than|if|unless|when|plus|minus|times|but|is|are|choose|factorial|must|mod|half|below zero)\b"
+    r"|^(?:squared|cubed|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?)\b",
+    re.I,
+)  # fmt: skip
+_SHORT = {"hz", "pa", "kn", "kj", "kw", "mw", "ev", "db", "ph", "kb", "mb", "gb", "tb", "ly", "au", "pc"}
+_LETTERS_IN_A_ROW = {"abcdefghijklmnopqrstuvwxyz"[place : place + 3] for place in range(24)}
+_CLOCK = re.compile(r"(\d{1,2})(?::00)? ?([ap])\.? ?m\.?|(\d{1,2}):00", re.I)
+_VULGAR = {"½": "1}{2", "⅓": "1}{3", "⅔": "2}{3", "¼": "1}{4", "¾": "3}{4", "⅕": "1}{5", "⅖": "2}{5", "⅗": "3}{5",
+           "⅘": "4}{5", "⅙": "1}{6", "⅚": "5}{6", "⅛": "1}{8", "⅜": "3}{8", "⅝": "5}{8", "⅞": "7}{8"}  # fmt: skip
+_ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_IN_WORDS = re.compile(
+    rf"(?P<minus>(?:negative|minus) )?"
+    rf"(?:(?P<tens>{'|'.join(_TENS)})[- ]?)?(?P<ones>{'|'.join(reversed(_ONES))})?(?P<rest>\s.*)?",
+    re.I,
+)
 
 
 @dataclass(frozen=True)
@@ -39,20 +62,23 @@ class Quantity:
     value: Fraction
     percent: bool = False
     scale: int = 1
-    unit: str = ""
+    unit: Unit = NONE
     decimals: int | None = None
 
 
 def tidy(text: str) -> str:
     """LaTeX and Markdown dressing removed, so that equal answers are more often equal strings."""
     text = text.replace("−", "-").replace("–", "-").replace("％", "%").replace(r"\%", "%").replace("\u00a0", " ")
-    text = re.sub(r"\\([dtc]frac)(?![a-z])", r"\\frac", text.replace("**", "").replace("{,}", ","))
-    text = re.sub(r",\\! *", ",", text)
+    text = re.sub(r"\\([dtc]frac)(?![a-z])", r"\\frac", text.replace("**", "").replace("{,}", ",").replace("{:}", ":"))
+    text = re.sub(r"(?<!\\)\\!", "", re.sub(r",\\! *", ",", text))
+    text = re.sub("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda vulgar: rf"\frac{{{_VULGAR[vulgar[0]]}}}", text)
     text = re.sub(r"\\\\\s*\[[\d.]+(?:pt|ex|em|mm|cm)\]", r"\\\\", text)  # \\[4pt] between the rows of a matrix
     text = re.sub(r"(?<!\\)\\[\[\]()]|(?<!\\)\$\$", " ", text)
+    text = re.sub(r"\\(?:text)?color\s*\{\s*\w+\s*\}", "", text)
+    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![a-z])|\\deg\b", "°", text)
+    text = _SYMBOL.sub(lambda symbol: f"{symbol[1]} {_SYMBOLS[symbol[2]]} ", text)
     while (bare := _WRAPPER.sub(r" \1 ", text)) != text:
         text = bare
-    text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![a-z])|\\deg\b", "°", text)
     text = re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", ",", text)  # 12\,000
     text = _SPACING.sub(" ", text.replace(r"\$", "$").replace(r"\{", "\0").replace(r"\}", "\1"))
     text = text.replace("\0", r"\{").replace("\1", r"\}")
@@ -64,50 +90,73 @@ def quantity(tidied: str) -> Quantity | None:
     """Read a ``tidy`` string as one quantity, or None where it is anything else, "18 hours and 48 minutes" included."""
     text = re.sub(r"^[A-Za-z]\s*=\s*(?=[-+$\d.\\])", "", tidied)  # x = 5
     if clock := _CLOCK.fullmatch(text):
-        return Quantity(Fraction(int(clock[1] or clock[3])), unit=f"{clock[2].lower()}m" if clock[2] else "")
-    match = _NUMBER.fullmatch(text)
+        return Quantity(Fraction(int(clock[1] or clock[3])), unit=Unit(f"{clock[2].lower()}m" if clock[2] else ""))
+    match = _NUMBER.fullmatch(_in_digits(text))
     if match is None or len(text) > 200:
         return None
     rest = _UNIT.fullmatch(match["unit"].strip().rstrip("."))
-    glued = match["unit"][:1].isalpha() and match.group()[: match.start("unit") - match.start()][-1:] != " "
-    if rest is None or (glued and len(match["unit"]) < 2):  # "5x" is algebra
-        return None
     value = _value(match)
-    if value is None:
+    if rest is None or value is None or not _is_unit(match, rest["name"] or ""):
         return None
-    words = (rest["name"] or "").lower().split()
-    scale = SCALES.get(words[0].removesuffix("s"), 1) if words else 1
-    unit = " ".join(_unit_word(word) for word in (words[1:] if scale != 1 else words))
+    words = (rest["name"] or "").split()
+    scale = SCALES.get(words[0].lower().removesuffix("s"), 1) if words else 1
+    name = " ".join(words[1:] if scale != 1 else words)
     if match["currency"]:
-        unit = match["currency"] if unit in ("", "$") else f"{match['currency']} {unit}"
+        money = unit(match["currency"])
+        named = money if not name or unit(name).measures == money.measures else Unit(f"{match['currency']} {name}")
+    else:
+        named = unit(name)
     written = match["decimal"] or ""
-    decimals = len(written.partition(".")[2]) if "." in written else None
-    return Quantity(
-        value * (-1 if "-" in (match["sign"], match["sign2"]) else 1), bool(rest["percent"]), scale, unit, decimals
-    )
+    exact = "." not in written or match["power"] or match["power2"]
+    sign = -1 if "-" in (match["sign"], match["sign2"]) else 1
+    decimals = None if exact else len(written.partition(".")[2])
+    return Quantity(value * sign, bool(rest["percent"]), scale, named, decimals)
+
+
+def _is_unit(match: re.Match[str], name: str) -> bool:
+    """Whether what stands behind a number is its unit: "5x" and "5 x" are algebra, "12 or more" says something else."""
+    glued = name[:1].isalpha() and match.group()[: match.start("unit") - match.start()][-1:] != " "
+    return not (glued and len(name) < 2) and (not name or is_unit(name))
+
+
+def is_unit(name: str) -> bool:
+    """Whether a name behind a number can be its unit: not "x", "ab" or "xyz", nor "or more" or "squared", which change
+    what the number says."""
+    first = re.split(r"[^A-Za-z]", name)[0].lower()
+    letters = len(first) < 3 or first in _LETTERS_IN_A_ROW
+    return not _NO_UNIT.search(name) and (not first or not letters or known(first) or known(name) or first in _SHORT)
+
+
+def _in_digits(text: str) -> str:
+    """ "twelve apples" as "12 apples"; any other text as it is."""
+    match = _IN_WORDS.fullmatch(text)
+    if match is None or not (match["tens"] or match["ones"]):
+        return text
+    minus = "-" if match["minus"] else ""
+    tens = 10 * (_TENS.index(match["tens"].lower()) + 2) if match["tens"] else 0
+    ones = _ONES.index(match["ones"].lower()) if match["ones"] else 0
+    return text if tens and match["ones"] and not 0 < ones < 10 else f"{minus}{tens + ones}{match['rest'] or ''}"
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
     def number(text: str) -> Fraction:
-        return Fraction(text.replace(",", "").replace(" ", "").rstrip("."))
+        return Fraction(text.replace(",", "").replace(" ", "").rstrip(".") or "0")
 
     if match["decimal"]:
-        return number(match["decimal"])
-    top, bottom = match["n"] or match["n1"] or match["top"], match["d"] or match["d1"] or match["bottom"]
+        return number(match["decimal"]) * Fraction(10) ** int(match["power"] or match["power2"] or 0)
+    if match["repeated"]:
+        places = len(match["fixed"].partition(".")[2])
+        period = Fraction(int(match["repeated"]), 10 ** len(match["repeated"]) - 1)
+        return number(match["fixed"].removesuffix(".")) + period / 10**places
+    top = match["n"] or match["n1"] or match["n2"] or match["top"]
+    bottom = match["d"] or match["d1"] or match["d2"] or match["bottom"]
     if int(bottom) == 0:
         return None
     fraction = number(top.removeprefix("+")) / int(bottom)
-    return number(match["whole"]) + fraction if match["whole"] else fraction
-
-
-def _unit_word(word: str) -> str:
-    word = word.strip(".,;:()^")
-    singular = word.removesuffix("s") if len(word) > 2 else word
-    return _ALIASES.get(singular, singular)
-
-
-# Units that are written one behind the other, the smaller as a share of the larger.
-_PARTS = {("h", "min"): 60, ("min", "s"): 60, ("day", "h"): 24, ("ft", "in"): 12, ("lb", "oz"): 16, ("$", "¢"): 100}
+    whole = match["whole"] or match["whole2"]
+    if match["whole2"] and fraction >= 1:
+        return None
+    return number(whole) + fraction if whole else fraction
 
 
 def compound(tidied: str) -> list[Quantity]:
@@ -116,26 +165,36 @@ def compound(tidied: str) -> list[Quantity]:
     if len(parts) != 2:
         return []
     large, small = (quantity(part) for part in parts)
-    if large is None or small is None:
+    if large is None or small is None or not large.unit.measures or large.unit.measures != small.unit.measures:
         return []
-    size = _PARTS.get((large.unit, small.unit))
-    if not size or small.value >= size:
+    if small.value * small.unit.size >= large.unit.size or large.value.denominator != 1:
         return []
-    total = large.value * size + small.value
-    return [Quantity(total, unit=small.unit), Quantity(total / size, unit=large.unit)]
+    total = large.value * (large.unit.size / small.unit.size) + small.value
+    return [Quantity(total, unit=small.unit), Quantity(total * small.unit.size / large.unit.size, unit=large.unit)]
 
 
 def equal(reference: Quantity, answer: Quantity) -> bool | None:
-    """Whether the two say the same; None where only the unit or the scale keeps it open.
+    """Whether the two say the same; None where only an unknown unit or the scale keeps it open.
 
+    A unit may be missing on one side; two units are converted, and two that measure different things are unequal.
     Percent signs are taken or left: 20% equals 20 and 0.2. A decimal of at least four digits may be a rounded fraction.
     """
+    ours, theirs = reference.unit, answer.unit
+    if ours.measures and theirs.measures and (ours.measures, ours.size) != (theirs.measures, theirs.size):
+        sizes = (q.value * q.scale * q.unit.size for q in (reference, answer))
+        return ours.measures == theirs.measures and len(set(sizes)) == 1
     if _same_number(reference, answer):
-        ours, theirs = (q.unit or "%" * q.percent for q in (reference, answer))
-        return None if ours and theirs and ours != theirs else True
+        names = [_name(quantity) for quantity in (reference, answer)]
+        return None if all(names) and names[0] != names[1] else True
     if reference.scale != answer.scale and reference.value == answer.value:
         return None
     return False
+
+
+def _name(quantity: Quantity) -> str:
+    """What names a unit: its measure and size where they are known."""
+    unit = quantity.unit
+    return f"{unit.measures} {unit.size}" if unit.measures else unit.name or "%" * quantity.percent
 
 
 def _same_number(reference: Quantity, answer: Quantity) -> bool:

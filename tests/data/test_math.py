@@ -85,11 +85,12 @@ UNEQUAL = [
     ("12\\pi", "12"),
     ("65", r"\text{cannot be determined}"),
     ("1500000", "1.5"),
+    (r"15\mbox{ cm}^2", r"15 \text{ cm}^3"),
+    ("5 inches", "5 feet"),
 ]
 
 OPEN = [
-    (r"15\mbox{ cm}^2", r"15 \text{ cm}^3"),
-    ("5 inches", "5 feet"),
+    ("5 apples", "5 oranges"),
     ("14", "14 million"),
     (r"\text{even}", r"\text{neither even nor odd}"),
 ]
