@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import shutil
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1distill.data import schema
 from r1distill.data.errors import R1DistillError
@@ -17,7 +18,13 @@ from r1distill.data.result import Result
 from r1distill.data.settings import Benchmark, PromptSet
 from r1distill.data.sources import ReasoningGymSource, Source, records, title
 
+if TYPE_CHECKING:
+    from r1distill.data.decontaminate import HeldOut
+
 Prompt = dict[str, Any]
+
+_GENERATED = "reasoning-gym"  # the rows' source
+_CONTAMINATED = {"same question": "asked by a benchmark", "reworded": "rewords a benchmark's question"}
 
 
 def normalise(question: str) -> str:
@@ -50,6 +57,13 @@ def read_source(source: Source) -> Iterator[tuple[Prompt | None, str]]:
             yield None, "no question"
             continue
         reference = record.get("reference_answer")
+        arguments = _arguments(source, record.get("verifier_args"))
+        if arguments is None:
+            yield None, "verifier_args is no JSON object"
+            continue
+        if not _is_unicode(f"{question}{reference}{arguments}"):
+            yield None, "unreadable: not Unicode"
+            continue
         if reference is not None:
             reference = str(reference).rpartition("####")[2].strip()  # GSM8K: the answer follows its working
         yield (
@@ -57,6 +71,7 @@ def read_source(source: Source) -> Iterator[tuple[Prompt | None, str]]:
                 source,
                 question,
                 reference or None,
+                arguments,
                 verifier=record.get("verifier") or source.verifier,
                 domain=record.get("domain") or source.domain,
                 source_id=str(record.get("source_id", record.get("id", index))),
@@ -66,16 +81,29 @@ def read_source(source: Source) -> Iterator[tuple[Prompt | None, str]]:
         )
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written; half a surrogate pair, which JSON can hold, can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _generated(source: ReasoningGymSource) -> Iterator[tuple[Prompt, str]]:
     import reasoning_gym
 
+    from r1distill.data.verify import gym
+
+    scored = source.verifier == "reasoning_gym"
     for task, settings in source.tasks.items():
         dataset = reasoning_gym.create_dataset(task, size=settings.count, seed=source.seed, **settings.config)
         for index, item in enumerate(dataset):
             row = _prompt(
                 source,
                 item["question"],
-                str(item["answer"]),
+                None if item["answer"] is None else str(item["answer"]),
+                gym.arguments(task, item) if scored else json.dumps(source.verifier_args, sort_keys=True),
                 verifier=source.verifier,
                 domain=source.domain,
                 source_id=f"{task}/{source.seed}/{index}",
@@ -84,52 +112,140 @@ def _generated(source: ReasoningGymSource) -> Iterator[tuple[Prompt, str]]:
             yield row, ""
 
 
-def _prompt(source: Source, question: str, reference: str | None, **columns: str) -> Prompt:
+def _arguments(source: Source, own: Any) -> str | None:
+    """The source's ``verifier_args`` and over them the row's own (an object, or JSON of one); None if it is neither."""
+    try:
+        own = json.loads(own) if isinstance(own, str) else own or {}
+        return json.dumps({**source.verifier_args, **own}, sort_keys=True, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _prompt(source: Source, question: str, reference: str | None, arguments: str, **columns: str) -> Prompt:
     return {
         "prompt_id": prompt_id(question),
         "question": question.strip(),
         "reference_answer": reference,
-        "verifier_args": json.dumps(source.verifier_args, sort_keys=True),
+        "verifier_args": arguments,
         "source": title(source),
         **columns,
     }
 
 
-def ngrams(question: str, size: int) -> Iterator[int]:
-    """Hashes of the word n-grams of a question."""
-    words = re.findall(r"\w+", normalise(question))
-    for start in range(len(words) - size + 1):
-        yield hash(tuple(words[start : start + size]))
-
-
 def build(settings: PromptSet, benchmarks: Sequence[Benchmark], out: Path) -> Result:
-    """Write the PROMPT table: each question once, and none that shares its id or an n-gram with ``benchmarks``."""
-    from r1distill.data.benchmarks import questions
+    """Write the PROMPT table: each question once, none that ``benchmarks`` ask too; REJECTED_PROMPT in ``rejected``.
 
-    size = settings.decontaminate.ngram
-    held_out = [row["question"] for benchmark in benchmarks for row in questions(benchmark)]
-    held_out_ids = {prompt_id(question) for question in held_out}
-    held_out_ngrams = {gram for question in held_out for gram in ngrams(question, size)} if size else set()
+    Memory: the ids that were seen, about 100 bytes a prompt, the benchmarks' index, and what ``near_duplicates`` says.
+    """
+    from r1distill.data.benchmarks import questions
+    from r1distill.data.decontaminate import HeldOut, Question
+
+    asked = [
+        Question(benchmark.name, row["source_id"], row["question"])
+        for benchmark in benchmarks
+        for row in questions(benchmark)
+    ]
+    apart = settings.decontaminate
+    held_out = HeldOut(asked, apart.ngram, apart.reworded if apart.ngram else None)
+    counts = _Counts()
+    near = settings.near_duplicates
+    distinct = out / "distinct" if near else out
+    with schema.writing(out / "rejected", schema.REJECTED_PROMPT) as rejected:
+        with schema.writing(distinct, schema.PROMPT) as table:
+            for row in _apart(_once(settings.sources, counts, rejected), held_out, counts, rejected):
+                table.append(row)
+                counts.domains[row["domain"]] += 1
+        if near:
+            _drop_near_duplicates(distinct, near.threshold, out, counts, rejected)
+            shutil.rmtree(distinct)
+    kept = counts.domains.total()
+    if not kept:
+        reasons = dict(counts.rejected) or "no row was read"
+        raise R1DistillError(f"the prompts '{settings.name}' came out empty: {reasons}.")
+    metrics = {
+        "domains": dict(counts.domains),
+        "held_out_questions": len(asked),
+        "contaminated": {name: dict(methods) for name, methods in counts.contaminated.items()},
+    }
+    return Result(counts.read, kept, dict(counts.rejected), metrics)
+
+
+@dataclass
+class _Counts:
+    """Where the rows went."""
+
+    read: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    domains: Counter[str] = field(default_factory=Counter)  # of those kept
+    contaminated: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # benchmark: method
+
+
+def _once(sources: Sequence[Source], counts: _Counts, rejected: schema.TableWriter) -> Iterator[Prompt]:
+    """The sources' prompts, each question once."""
     seen: set[str] = set()
-    rejected: Counter[str] = Counter()
-    domains: Counter[str] = Counter()
-    read = 0
+    for source in sources:
+        for row, reason in read_source(source):
+            counts.read += 1
+            if row is None:
+                counts.rejected[reason] += 1
+            elif row["prompt_id"] in seen:
+                counts.rejected["duplicate"] += 1
+                rejected.append(_rejection(row, "duplicate", "prompts", row["prompt_id"], row["question"], 1.0))
+            else:
+                seen.add(row["prompt_id"])
+                yield row
+
+
+def _apart(
+    rows: Iterable[Prompt], held_out: HeldOut, counts: _Counts, rejected: schema.TableWriter
+) -> Iterator[Prompt]:
+    """Those that no benchmark asks."""
+    from r1distill.data.words import batches
+
+    for batch in batches(rows, size=lambda row: len(row["question"])):
+        for row, match in zip(batch, held_out.matches([row["question"] for row in batch]), strict=True):
+            if match is None:
+                yield row
+                continue
+            reason = _CONTAMINATED.get(match.method, f"shares a {match.method} with a benchmark")
+            counts.rejected[reason] += 1
+            counts.contaminated[match.benchmark][match.method] += 1
+            rejected.append(_rejection(row, reason, match.benchmark, match.question_id, match.text, match.score))
+
+
+def _drop_near_duplicates(
+    distinct: Path, threshold: float, out: Path, counts: _Counts, rejected: schema.TableWriter
+) -> None:
+    """Copy the table in ``distinct`` to ``out`` without near-duplicates.
+
+    Generated questions come from templates, and their seed makes them different: they are never near-duplicates.
+    """
+    from r1distill.data.dedup import near_duplicates
+
+    prompts = schema.read(distinct, schema.PROMPT)
+    texts = (
+        "" if row["source"] == _GENERATED else row["question"] for row in schema.rows(prompts, ["source", "question"])
+    )
+    _, pairs = near_duplicates(texts, threshold, scratch=out)
+    like = {pair.text: pair for pair in pairs}
     with schema.writing(out, schema.PROMPT) as table:
-        for source in settings.sources:
-            for row, reason in read_source(source):
-                read += 1
-                if row is None:
-                    rejected[reason] += 1
-                elif row["prompt_id"] in seen:
-                    rejected["duplicate"] += 1
-                elif row["prompt_id"] in held_out_ids or (
-                    size and not held_out_ngrams.isdisjoint(ngrams(row["question"], size))
-                ):
-                    rejected["asked by a benchmark"] += 1
-                else:
-                    seen.add(row["prompt_id"])
-                    domains[row["domain"]] += 1
-                    table.append(row)
-    if not seen:
-        raise R1DistillError(f"the prompts '{settings.name}' came out empty: {dict(rejected) or 'no row was read'}.")
-    return Result(read, len(seen), dict(rejected), {"domains": dict(domains), "held_out_questions": len(held_out_ids)})
+        for place, row in enumerate(schema.rows(prompts)):
+            pair = like.get(place)
+            if pair is None:
+                table.append(row)
+                continue
+            kept_id, kept_question = (prompts[name][pair.kept].as_py() for name in ("prompt_id", "question"))
+            counts.rejected["near duplicate"] += 1
+            counts.domains[row["domain"]] -= 1
+            rejected.append(_rejection(row, "near duplicate", "prompts", kept_id, kept_question, pair.similarity))
+
+
+def _rejection(row: Prompt, reason: str, against: str, matched_id: str, matched_text: str, score: float) -> Prompt:
+    return {
+        **{column: row[column] for column in ("prompt_id", "question", "source", "source_id")},
+        "reason": reason,
+        "against": against,
+        "matched_id": matched_id,
+        "matched_text": matched_text,
+        "score": score,
+    }
