@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from r1distill.data.thinking import CLOSE, OPEN, split_thinking
-
-if TYPE_CHECKING:
-    import httpx
 
 STATES = {"stop": "done", "length": "truncated", "content_filter": "refused"}
 EXCERPT = 300  # characters of an answer that end up in an error
@@ -30,6 +29,7 @@ class Reply:
     prompt_tokens: int | None
     reasoning_tokens: int | None
     completion_tokens: int | None
+    apart: bool = False  # the server took the thinking apart
 
     @classmethod
     def read(cls, body: bytes, opens_thinking: bool = False) -> Reply:
@@ -66,6 +66,34 @@ class Reply:
             finish_reason=finish_reason,
             state="refused" if refusal else STATES[finish_reason],
             **tokens,
+            apart=bool(thought),
+        )
+
+    def continued(self, then: Reply, opens_thinking: bool = False) -> Reply:
+        """This answer, which was cut off, and ``then``, which went on from it, as one: all that the model wrote.
+
+        Tokens that were written are added up; ``prompt_tokens`` stay those of the question.
+        """
+        rest = then.completion
+        if rest.startswith(self.completion):  # llama.cpp repeats what it was sent
+            rest = rest.removeprefix(self.completion)
+        elif then.apart:  # by a parser that did not see how the answer began
+            rest = rest.removeprefix(OPEN)
+            if CLOSE in self.completion:
+                rest = rest.replace(CLOSE, "", 1)
+        elif self.apart and rest and CLOSE not in self.completion:
+            rest = f"{CLOSE}{rest}"
+        completion = self.completion + rest
+        reasoning, response = split_thinking(completion, opened=opens_thinking)
+        return replace(
+            then,
+            completion=completion,
+            reasoning=reasoning,
+            response=response,
+            prompt_tokens=self.prompt_tokens,
+            reasoning_tokens=_sum(self.reasoning_tokens, then.reasoning_tokens),
+            completion_tokens=_sum(self.completion_tokens, then.completion_tokens),
+            apart=self.apart or then.apart,
         )
 
 
@@ -86,16 +114,15 @@ class Outcome:
     wait_seconds: float | None = None
 
 
-def outcome(response: httpx.Response, opens_thinking: bool = False) -> Outcome:
-    """Decide what an HTTP answer means; never raises."""
-    status = response.status_code
+def outcome(status: int, headers: Mapping[str, str], body: bytes, opens_thinking: bool = False) -> Outcome:
+    """Decide what an HTTP answer means; never raises. ``headers`` don't mind the case of a name."""
     if status == 200:
         try:
-            return Outcome("settled", reply=Reply.read(response.content, opens_thinking))
+            return Outcome("settled", reply=Reply.read(body, opens_thinking))
         except ValueError as error:
             return Outcome("retry", f"an answer that can't be used: {error}")
-    message = f"HTTP {status}: {_message(response.content)}"
-    wait = _retry_after(response.headers.get("retry-after"))
+    message = f"HTTP {status}: {_message(body)}"
+    wait = _retry_after(headers.get("retry-after"))
     if status == 429 or (status == 503 and wait is not None):
         return Outcome("limited", message, wait_seconds=wait)
     if status in (401, 402, 403, 404):
@@ -119,7 +146,12 @@ def _text(value: Any) -> str:
     """A field's text; half a character, which a cut JSON escape leaves, becomes a replacement character."""
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} where text belongs")
-    return (value or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    value = value or ""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
 
 
 def _tokens(usage: Any) -> dict[str, int | None]:
@@ -129,6 +161,10 @@ def _tokens(usage: Any) -> dict[str, int | None]:
     found = {**usage, **(details if isinstance(details, dict) else {})}
     names = ("prompt_tokens", "reasoning_tokens", "completion_tokens")
     return {name: n if type(n := found.get(name)) is int and 0 <= n < 2**63 else None for name in names}
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 def _message(body: bytes) -> str:
@@ -154,7 +190,7 @@ def _retry_after(value: str | None) -> float | None:
     if not value:
         return None
     try:
-        return max(0.0, float(value))
+        return max(0.0, float(value)) if math.isfinite(float(value)) else None
     except ValueError:
         pass
     try:

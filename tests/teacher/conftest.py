@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,29 @@ def chat(content: str | None = "<think>\n2 + 2 = 4\n</think>\n\nIt is 4.", **cha
     }
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
 class Misbehaving:
     """``scripts`` maps a question to what happens to it, one step for each time it is asked, then all is well.
 
     A step: a status, (status, headers), (status, headers, body), a body, "cut" (no answer), "half" (half a body),
-    "garbage", "sleep 0.5" (seconds), "until 61" (that many have been asked).
+    "garbage", "noise" (no HTTP), "sleep 0.5" (seconds), "until 61" (that many have been asked). ``always`` is the step where a question has
+    no script of its own; ``draw`` gives the seconds that an answer takes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.scripts: dict[str, list[Any]] = {}
+        self.always: Any = None
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: dict[str, list[float]] = {}
         self.in_flight = self.most_in_flight = 0
         self.delay = 0.0
+        self.draw: Callable[[], float] = lambda: self.delay
         self._lock = threading.Lock()
         outer = self
 
@@ -58,8 +67,7 @@ class Misbehaving:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+        self._http = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -81,9 +89,9 @@ class Misbehaving:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             steps = self.scripts.get(question, [])
-            step = steps.pop(0) if steps else None
+            step = steps.pop(0) if steps else self.always
         try:
-            time.sleep(self.delay)
+            time.sleep(self.draw())
             self._do(handler, step)
         except (BrokenPipeError, ConnectionResetError):
             pass
@@ -98,6 +106,10 @@ class Misbehaving:
         while word == "until" and self.asked.total() < int(value):
             time.sleep(0.01)
         if step == "cut":
+            handler.close_connection = True
+            return
+        if step == "noise":
+            handler.wfile.write(b"\x16\x03 what is HTTP?\r\n\r\n")
             handler.close_connection = True
             return
         status, headers, body = 200, {}, chat()
@@ -125,6 +137,20 @@ def fake():
     server = Misbehaving()
     yield server
     server.close()
+
+
+@pytest.fixture
+def another():
+    """Start one more such server, on a port: ``another(port=0)``."""
+    servers = []
+
+    def start(port: int = 0) -> Misbehaving:
+        servers.append(Misbehaving(port))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import random
 from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
+from email.utils import format_datetime
 
 import pytest
 
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.schema import TRACE
-from r1distill.teacher.ledger import Ledger
+from r1distill.teacher.ledger import Ledger, merge
+from r1distill.teacher.order import Share
 from r1distill.teacher.sample import Request, ask, pending, rows, sample
 from r1distill.teacher.settings import Client, Price, Sampling
 
@@ -72,6 +72,17 @@ def test_a_question_that_stands_twice_is_asked_once(fake, ledger, order, client)
     assert states(twice, ledger) == ["done"] * 3
 
 
+def test_a_question_that_stands_twice_is_asked_once_though_the_budget_makes_it_wait(
+    fake, ledger, order, client, monkeypatch
+):
+    monkeypatch.setattr("r1distill.teacher.order.REQUESTS_A_LOOKUP", 16)
+    price = Price(input=Decimal(0), output=Decimal(1000))  # an answer costs 0.02 and may cost 0.1
+    fake.delay = 0.05
+    twice = order([*map(str, range(16)), "15", "14", "13", "12"])
+    ask(twice, fake.endpoint(price=price, budget_usd=Decimal("0.42")), ledger, client)
+    assert fake.asked == {str(number): 1 for number in range(16)}
+
+
 @pytest.mark.parametrize(
     "script",
     [
@@ -81,6 +92,7 @@ def test_a_question_that_stands_twice_is_asked_once(fake, ledger, order, client)
         ["cut"],
         ["half"],
         ["garbage"],
+        ["noise"],
         [(429, {"retry-after": "0"})],
         ["cut", "half", "garbage"],
     ],
@@ -91,6 +103,49 @@ def test_what_passes_is_asked_again_until_it_is_answered(fake, ledger, order, cl
     ask(order(["a", "b"]), fake.endpoint(), ledger, client)
     assert states(order(["a", "b"]), ledger) == ["done", "done"]
     assert fake.asked == {"a": len(script) + 1, "b": 1}
+
+
+def test_everything_that_goes_wrong_at_once_leaves_every_question_in_exactly_one_state(fake, ledger, order, chat):
+    draw = random.Random(7)
+    now = format_datetime(datetime.now(UTC), usegmt=True)
+    nothing = {"prompt_tokens": 1, "completion_tokens": 0}
+    passing = [
+        429,
+        (429, {"retry-after": "0"}),
+        (429, {"retry-after": now}),
+        500,
+        503,
+        "cut",
+        "half",
+        "garbage",
+        "noise",
+    ]
+    passing += [chat("", usage=nothing), chat(None, usage=nothing), {"choices": []}, (200, {}, ["a list"])]
+    ends = {
+        "done": chat(),
+        "done, the same over and over": chat("<think>" + "so " * 9000 + "</think>4"),
+        "done, without an end of the thinking": chat("<think>so it is 4"),
+        "done, without any tag": chat("so it is 4"),
+        "truncated": chat("<think>so", finish_reason="length"),
+        "refused": chat("", finish_reason="content_filter"),
+        "failed": (400, {}, {"message": "too long"}),
+    }
+    names = [f"{draw.choice([*ends])} #{number}" for number in range(150)]
+    scripts = {name: [*draw.choices(passing, k=draw.randrange(4)), ends[name.partition(" #")[0]]] for name in names}
+    fake.scripts = {name: list(script) for name, script in scripts.items()}
+    fake.draw = lambda: min(0.5, random.lognormvariate(-5, 1.5))  # a long tail
+    wanted = order(names)
+    client = Client(in_flight=32, attempts=9, backoff_seconds=0.01, timeout_seconds=20)
+    counts = ask(wanted, fake.endpoint(), ledger, client)
+    found = {row["prompt_id"]: row for row in rows(wanted, ledger)}
+    assert {name: row["state"] for name, row in found.items()} == {name: name.partition(" #")[0].partition(",")[0] for name in names}  # fmt: skip
+    assert fake.asked == {name: len(script) for name, script in scripts.items()}
+    assert counts["asked"] == 150
+    for name, row in found.items():
+        end = ends[name.partition(" #")[0]]
+        text = end["choices"][0]["message"]["content"] if isinstance(end, dict) else None
+        assert (row["completion"] or None) == (text or None)
+        assert (row["error"] is None) == (row["state"] != "failed")
 
 
 def test_what_does_not_pass_ends_as_failed_with_its_reason(fake, ledger, order, client, chat):
@@ -114,7 +169,7 @@ def test_what_does_not_pass_ends_as_failed_with_its_reason(fake, ledger, order, 
     assert found["down"]["error"] == "HTTP 500: as scripted"
     assert "maximum context length" in found["too long"]["error"]
     assert found["empty"]["error"].endswith("an empty answer")
-    assert found["cut"]["error"].startswith("no answer: RemoteProtocolError")
+    assert found["cut"]["error"].startswith("no answer: ServerDisconnectedError")
     assert found["long"]["reasoning"] == "on and on"
     expected = {"down": 4, "cut": 4, "empty": 4, "too long": 1, "risky": 1, "long": 1, "fine": 1}
     assert fake.asked == expected
@@ -196,6 +251,14 @@ def test_a_server_that_answers_nothing_is_not_asked_for_everything(fake, ledger,
     assert len(fake.asked) < 40
 
 
+def test_what_failed_before_does_not_stop_the_next_run(fake, ledger, order, client):
+    fake.scripts = {str(number): [400] * 2 for number in range(0, 60, 2)}
+    wanted = order([str(number) for number in range(60)])
+    for _ in range(2):
+        ask(wanted, fake.endpoint(), ledger, client)
+        assert Counter(states(wanted, ledger)) == {"done": 30, "failed": 30}
+
+
 def test_a_budget_is_never_overdrawn_and_its_end_is_told(fake, ledger, order, client):
     price = Price(
         input=Decimal(0), output=Decimal(1000)
@@ -221,7 +284,7 @@ def test_costs_are_rounded_to_what_the_table_holds(fake, ledger, order, client):
 
 
 def test_a_ledger_that_cant_be_written_stops_everything(fake, ledger, order, client, monkeypatch):
-    def full(exchange):
+    def full(*exchanges):
         raise R1DistillError("the disk is full")
 
     monkeypatch.setattr(ledger, "put", full)
@@ -251,43 +314,16 @@ def test_a_question_in_halves_of_characters_is_failed_or_answered_but_no_traceba
     assert row["state"] == "done"
 
 
-ASKER = """
-import sys
-from pathlib import Path
-from r1distill.teacher.ledger import Ledger
-from r1distill.teacher.sample import Order, Request, ask
-from r1distill.teacher.serve import Endpoint
-from r1distill.teacher.settings import Client, Sampling
-requests = [Request(str(n), 0, [{"role": "user", "content": str(n)}]) for n in range(300)]
-order = Order(requests, Sampling(max_tokens=100), {"model": "fake", "revision": "abc"})
-with Ledger(Path(sys.argv[1])) as ledger:
-    ask(order, Endpoint(sys.argv[2], "fake"), ledger, Client(in_flight=8))
-"""
-
-
-def test_a_run_killed_at_any_moment_goes_on_without_asking_anything_twice(fake, tmp_path, order, client):
-    fake.delay = 0.02
-    wanted = order([str(number) for number in range(300)])
-    lost = 0
-    for _ in range(3):
-        before = fake.asked.total()
-        killed = subprocess.Popen([sys.executable, "-c", ASKER, str(tmp_path), fake.url])
-        while fake.asked.total() < before + 40 and killed.poll() is None:
-            time.sleep(0.005)
-        os.kill(killed.pid, signal.SIGKILL)
-        killed.wait()
-        time.sleep(0.1)
-        with Ledger(tmp_path) as ledger:
-            kept = {request.prompt_id for request in wanted.requests if ledger.settled(wanted.key(request))}
-        lost = fake.asked.total() - len(kept)
-        assert lost <= 8 * 3  # what was under way when it was killed
-        settled_by_now = {key: fake.asked[key] for key in kept}
-        for key, count in settled_by_now.items():
-            fake.scripts[key] = [500] * 99  # asking for one of these again would not go unseen
-            assert count >= 1
-    with Ledger(tmp_path) as ledger:
-        ask(wanted, fake.endpoint(), ledger, client)
-        assert set(states(wanted, ledger)) == {"done"}
-    assert {key: fake.asked[key] for key in settled_by_now} == settled_by_now
-    assert len(fake.asked) == 300
-    assert fake.asked.total() == 300 + lost
+def test_parts_are_asked_apart_and_become_what_one_run_gives(fake, ledger, order, client, tmp_path):
+    whole = order([str(number) for number in range(30)])
+    ask(order(["0", "1"]), fake.endpoint(), ledger, client)
+    parts = []
+    for number in range(3):
+        share = Share(whole.requests, number, 3)
+        with Ledger(tmp_path / "ledger", str(number)) as part:
+            ask(replace(whole, requests=share), fake.endpoint(), part, client)
+            parts.append(part.file)
+    assert [len(Share(whole.requests, number, 4)) for number in range(4)] == [8, 8, 7, 7]
+    assert merge(ledger, parts) == 28
+    assert set(fake.asked.values()) == {1}
+    assert states(whole, ledger) == ["done"] * 30

@@ -61,6 +61,18 @@ def test_a_gguf_file_is_served_sampled_and_gone(gguf, tmp_path, ledger, order, s
         httpx.get(endpoint.base_url)
 
 
+def test_an_answer_that_was_cut_off_goes_on_as_if_it_had_not_been(gguf, tmp_path, ledger, order):
+    questions = ["Count from 1 to 20.", "Name the days of the week."]
+    with serving(spec(gguf), tmp_path) as endpoint:
+        whole = order(questions, max_tokens=24, temperature=0)
+        halves = order(questions, max_tokens=9, temperature=0, truncated={"kind": "continue", "max_tokens": 24})
+        for wanted in (whole, halves):
+            ask(wanted, endpoint, ledger, FEW)
+    for one, other in zip(rows(whole, ledger), rows(halves, ledger), strict=True):
+        assert other["completion"] == one["completion"]
+        assert (other["state"], other["completion_tokens"]) == (one["state"], one["completion_tokens"])
+
+
 def test_a_chat_template_of_ours_is_used(gguf, tmp_path, ledger, order):
     ours = "{{ messages[-1]['content'] }} Answer:"
     with serving(spec(gguf, chat_template=ours), tmp_path) as endpoint:
@@ -77,8 +89,8 @@ def test_a_server_that_crashes_comes_back_and_its_requests_are_asked_again(
         server: Server = endpoint.recover.__self__
         put, killed = ledger.put, []
 
-        def kill_after_two(exchange):
-            put(exchange)
+        def kill_after_two(*exchanges):
+            put(*exchanges)
             if ledger.settled(wanted.key(wanted.requests[1])) and not killed:
                 killed.append(max(session(server._watcher.pid)))
                 os.kill(killed[0], signal.SIGKILL)

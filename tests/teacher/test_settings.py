@@ -60,6 +60,8 @@ def test_answers_have_room_beside_their_questions():
 def test_execution_stays_out_of_identity():
     teacher = load_teacher("embedded")
     assert isinstance(teacher, VllmTeacher)
+    elsewhere = {"client.base_urls": ["http://a/v1"], "client.tokens_per_minute": 10}
+    assert load_teacher("embedded", elsewhere).identity() == teacher.identity()
     faster = load_teacher("embedded", {"client.in_flight": 7, "options.max-num-seqs": 7, "environment.X": "1"})
     assert faster.identity() == teacher.identity()
     assert load_teacher("embedded", {"sampling.temperature": 0.7}).identity() != teacher.identity()
@@ -81,6 +83,9 @@ def test_kinds_are_told_apart():
         ("embedded", {"model.kind": "hob"}, "unknown kind 'hob'.*Did you mean 'hub'"),
         ("deepseek-api", {"base_url": "https://user:key@api.x.org"}, "holds no key"),
         ("deepseek-api", {"base_url": "api.x.org"}, "starts with http"),
+        ("embedded", {"client.base_urls": ["https://user:key@api.x.org"]}, "holds no key"),
+        ("embedded", {"sampling.truncated": {"kind": "retry"}}, "unknown kind 'retry'"),
+        ("embedded", {"sampling.truncated": {"kind": "raise", "max_tokens": 96}}, "more than max_tokens"),
         ("recorded", {"source.kind": "reasoning_gym"}, "unknown kind 'reasoning_gym'"),
     ],
 )

@@ -11,7 +11,7 @@ from r1distill.data import schema
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.prompts import prompt_id
 from r1distill.teacher import traces
-from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, load_teacher
+from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, VllmTeacher, load_teacher
 
 MIP = Path(__file__).parents[3] / "shared/data/traces/mip_deepseek_r1.jsonl.gz"
 INSTRUCTION = "Box your answer."
@@ -60,6 +60,13 @@ def test_every_prompt_is_asked_as_often_as_wanted_and_counted(fake, teacher, tmp
     assert (result.read, result.kept, result.rejected) == (6, 5, {"truncated": 1})
     assert result.metrics["completion_tokens"] == 120
     assert result.metrics["asked_now"] == 6
+    answers = json.loads(json.dumps(result.metrics["answers"]))
+    assert answers["states"] == {"done": 5, "truncated": 1}
+    assert answers["truncated_share"] == pytest.approx(1 / 6)
+    assert answers["completion_tokens"] == {"count": 6, "mean": 20, "variance": 0}
+    assert answers["cost_usd"] == {"count": 0, "mean": None, "variance": None}
+    assert answers["seconds"]["count"] == 6
+    assert answers["histogram"] == [{"up_to": 32, "done": 5, "truncated": 1}]
     rows = read(tmp_path / "out")
     assert [(row["prompt_id"], row["sample"]) for row in rows] == [(prompt_id(q), n) for q in "abc" for n in (0, 1)]
     assert json.loads(rows[0]["request_text"]) == [{"role": "user", "content": f"a\n\n{INSTRUCTION}"}]
@@ -103,6 +110,44 @@ def test_a_few_failures_are_rows_like_others(fake, teacher, tmp_path):
     result = traces.build(teacher(max_failed_share=0.5), prompts, tmp_path / "out", tmp_path / "home", "")
     assert (result.read, result.kept, result.rejected) == (4, 2, {"failed": 2})
     assert [row["completion"] for row in read(tmp_path / "out") if row["state"] == "failed"] == [None, None]
+
+
+def test_a_model_that_others_serve_is_asked_there_and_nothing_is_started(fake, another, tmp_path):
+    second = another()
+    prompts = table_of_prompts(tmp_path / "prompts", [*"abcdefgh"])
+    wanted = {
+        "kind": "vllm",
+        "name": "t",
+        "prompts": "p",
+        "model": {"kind": "folder", "path": str(tmp_path / "weights")},
+        "served_name": "m",
+        "sampling": {"max_tokens": 50},
+        "client": {"base_urls": [fake.url, f"{second.url}/"]},
+    }
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    fake.delay = second.delay = 0.05
+    result = traces.build(VllmTeacher.model_validate(wanted), prompts, tmp_path / "out", tmp_path / "home", "")
+    assert (result.kept, fake.asked.total(), second.asked.total()) == (8, 4, 4)
+    assert not (tmp_path / "home" / "logs").exists()
+    assert {row["teacher_revision"] for row in read(tmp_path / "out")} != {None}
+
+
+def test_a_policy_for_what_was_cut_off_changes_its_rows_alone(fake, teacher, tmp_path, chat):
+    fake.scripts["b"] = [chat("<think>long", finish_reason="length")]
+    prompts = table_of_prompts(tmp_path / "prompts", ["a", "b"])
+    plain = traces.build(teacher(samples=1), prompts, tmp_path / "out", tmp_path / "home", "")
+    assert (plain.kept, plain.rejected) == (1, {"truncated": 1})
+    sampling = {"max_tokens": 50, "truncated": {"kind": "continue", "max_tokens": 90}}
+    changed = teacher().model_dump() | {"sampling": sampling}
+    fake.scripts["<think>long"] = [chat("er</think>4")]
+    more = traces.build(EndpointTeacher.model_validate(changed), prompts, tmp_path / "out2", tmp_path / "home", "")
+    assert (more.kept, more.rejected, more.metrics["asked_now"]) == (2, {}, 1)
+    assert more.metrics["first_answers"]["states"] == {"done": 1, "truncated": 1}
+    assert more.metrics["answers"]["states"] == {"done": 2}
+    first, second = read(tmp_path / "out"), read(tmp_path / "out2")
+    assert first[0] == second[0]
+    assert (second[1]["reasoning"], second[1]["response"]) == ("longer", "4")
 
 
 def test_a_domain_has_its_own_instruction(fake, teacher, tmp_path):

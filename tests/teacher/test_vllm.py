@@ -65,6 +65,24 @@ def test_answers_are_sampled_as_asked(served, ledger):
     assert any(found[n]["completion"] != found[n + 1]["completion"] for n in range(0, 16, 2))
 
 
+def test_an_answer_that_was_cut_off_goes_on(served, ledger):
+    _, _, endpoint = served
+    requests = [Request(str(n), 0, [{"role": "user", "content": f"Count from 1 to {n}00."}]) for n in range(1, 5)]
+    first = Order(requests, Sampling(top_p=1.0, max_tokens=8), {"revision": "v1"})
+    longer = Sampling(top_p=1.0, max_tokens=8, truncated={"kind": "continue", "max_tokens": 24})
+    then = Order(requests, longer, {"revision": "v1"})
+    for order in (first, then):
+        ask(order, endpoint, ledger, Client(timeout_seconds=300))
+    short = [row for row in rows(first, ledger) if row["state"] == "truncated"]
+    joined = {row["prompt_id"]: row for row in rows(then, ledger)}
+    assert short
+    for row in short:
+        whole = joined[row["prompt_id"]]
+        assert whole["error"] is None
+        assert whole["completion"].startswith(row["completion"])
+        assert row["completion_tokens"] < whole["completion_tokens"] <= 24
+
+
 def test_a_question_that_is_too_long_fails_alone(served, ledger):
     _, _, endpoint = served
     requests = [Request("long", 0, [{"role": "user", "content": "word " * 400}])]
@@ -94,8 +112,8 @@ def test_an_engine_that_dies_is_started_again_and_its_requests_are_asked_again(h
         server = endpoint.recover.__self__
         put, killed = ledger.put, []
 
-        def kill_at_the_first_answer(exchange):
-            put(exchange)
+        def kill_at_the_first_answer(*exchanges):
+            put(*exchanges)
             if not killed:
                 names = session(server._watcher.pid)
                 killed.append(next(pid for pid, name in names.items() if name.startswith("VLLM::Engine")))
