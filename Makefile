@@ -6,7 +6,7 @@
 #
 # Variables: STUDENT TEACHER PROMPTS HARDWARE UNTIL (names), SET="student.sft.epochs=1 teacher.sampling.samples=2",
 # DEVICE=cpu|gpu|auto, TORCH_INDEX_URL (where pip finds the CPU build of torch, if not where it looks by default),
-# PYTHON (3.11 or 3.12), TEST (what `make test` runs).
+# PYTHON (3.11 or 3.12), TEST (what `make test` runs), BENCH (which of tests/bench; default: all).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -23,6 +23,7 @@ DEVICE ?= auto
 TORCH_INDEX_URL ?=
 PYTHON ?=
 TEST ?= tests
+BENCH ?=
 
 REQUEST = --student '$(STUDENT)' $(if $(TEACHER),--teacher '$(TEACHER)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
 	$(if $(HARDWARE),--hardware '$(HARDWARE)') $(CHANGES)
@@ -42,7 +43,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3.12 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
 
-.PHONY: help setup distill plan status inspect publish embedded-teacher test lint clean
+.PHONY: help setup distill plan status inspect publish embedded-teacher test soak bench lint clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -92,6 +93,12 @@ embedded-teacher: setup
 
 test: setup
 	@$(BIN)/pytest $(TEST) -q -n 2 --dist loadfile -m 'not soak'
+
+soak: setup
+	@$(BIN)/pytest $(TEST) -q -m soak
+
+bench: setup
+	@$(BIN)/python tests/bench/run.py $(BENCH)
 
 lint: setup
 	@$(BIN)/ruff check .

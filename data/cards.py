@@ -20,6 +20,7 @@ class Facts:
     title: str
     lineage: dict[str, Any]
     rejected: Counter[str] = field(default_factory=Counter)
+    prompts: dict[str, int] = field(default_factory=dict)  # what became of the prompts that were read
     removed: list[Removed] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
@@ -74,6 +75,7 @@ class Facts:
                 *_table("Completion tokens, up to", ((edge_name(e), self.lengths[e]) for e in sorted(self.lengths))),
                 *_table("Pass rate of the prompt, about", sorted(self.pass_rates.items())),
                 *_table("Not kept, because", self.rejected.most_common()),
+                *_table("Prompt", self.prompts.items(), unit="prompts"),
                 *self._removed(),
                 "## Columns",
                 "",
@@ -97,6 +99,6 @@ def edge_name(edge: int) -> str:
     return f"{edge:,}" if edge <= BUCKETS[-1] else f"over {BUCKETS[-1]:,}"
 
 
-def _table(heading: str, counts: Any) -> list[str]:
+def _table(heading: str, counts: Any, unit: str = "traces") -> list[str]:
     rows = [f"| {name} | {count:,} |" for name, count in counts]
-    return [f"| {heading} | traces |", "|---|---|", *rows, ""] if rows else []
+    return [f"| {heading} | {unit} |", "|---|---|", *rows, ""] if rows else []

@@ -59,6 +59,7 @@ def build(
     schema.write_splits(out, list(SPLITS))
     _write_parquet(out)
     facts.rejected, facts.removed = choice.rejected, removed(verdicts)
+    facts.prompts = _account(prompts)
     (out / "README.md").write_text(facts.card(), encoding="utf-8")
     metrics = {
         "splits": dict(kept),
@@ -92,6 +93,18 @@ def training_row(trace: dict[str, Any], about: dict[str, Any], pass_rate: float 
         "license": about["license"],
         "completion_tokens": trace["completion_tokens"],
         "pass_rate": pass_rate,
+    }
+
+
+def _account(artifact: Path) -> dict[str, int]:
+    """What became of the rows that an artifact's stage read, by its manifest."""
+    file = artifact / "manifest.json"
+    if not file.is_file():
+        return {}
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        "kept": manifest["kept"],
+        **{f"not kept: {reason}": count for reason, count in manifest["rejected"].items()},
     }
 
 

@@ -35,6 +35,21 @@ PROMPT = pa.schema(
     ]
 )
 
+# The prompts that were rejected for being another's like, with the evidence.
+REJECTED_PROMPT = pa.schema(
+    [
+        ("prompt_id", _TEXT),
+        ("question", _TEXT),
+        ("source", _TEXT),
+        ("source_id", _TEXT),
+        ("reason", _TEXT),  # as the manifest counts it
+        ("against", _TEXT),  # a benchmark's name, or "prompts"
+        ("matched_id", _TEXT),  # the benchmark's question, or the earlier prompt
+        ("matched_text", _TEXT),  # the passage of this question that matches; of a near duplicate, the earlier question
+        ("score", pa.float64()),  # words in a row for n-grams, otherwise a similarity up to 1
+    ]
+)
+
 TRACE = pa.schema(
     [
         ("prompt_id", _TEXT),

@@ -66,8 +66,8 @@ def choose(
 ) -> Choice:
     """Select from a TRACE table by its VERDICT table; ``domains`` gives each prompt's. Read = chosen + rejected.
 
-    A trace is held against, in this order: its verdicts, its prompt's band, what its prompt may give, its domain's
-    quota. Raises RequestError where a domain that has a proportion has no passing trace.
+    A trace is held against, in this order: its verdicts, its prompt's band, what its prompt may give, the thinking of
+    those before it, its domain's quota. Raises RequestError where a domain that has a proportion has no passing trace.
     """
     choice = Choice()
     passing = _passing(settings, rules, traces, verdicts, domains, choice)
@@ -76,6 +76,8 @@ def choose(
         best = found if settings.policy == "all" else heapq.nsmallest(settings.per_prompt, found)
         choice.chosen |= {(prompt_id, sample) for _, sample in best}
         choice.rejected["not selected"] += len(found) - len(best)
+    if settings.near_duplicates:
+        _drop_near_duplicates(settings.near_duplicates, traces, choice)
     if settings.proportions:
         _keep_proportions(settings.proportions, domains, choice)
     choice.rejected = +choice.rejected
@@ -120,6 +122,25 @@ def _keep_band(band: Band | None, passing: dict[str, list[tuple[int, int]]], cho
         if not band.min <= rate <= band.max:
             reason = "its prompt is too hard" if rate < band.min else "its prompt is too easy"
             choice.rejected[reason] += len(passing.pop(prompt_id))
+
+
+def _drop_near_duplicates(threshold: float, traces: pa.Table, choice: Choice) -> None:
+    """Of traces that think nearly the same text the first stays; numbers may differ, a slip makes no other text."""
+    from r1distill.data.dedup import near_duplicates
+
+    keys: list[Key] = []
+
+    def thinkings() -> Iterator[str]:
+        for row in schema.rows(traces, ["prompt_id", "sample", "reasoning"]):
+            if (key := (row["prompt_id"], row["sample"])) in choice.chosen:
+                keys.append(key)
+                yield row["reasoning"] or ""
+
+    keep, _ = near_duplicates(thinkings(), threshold, figures=False)
+    for key, stays in zip(keys, keep, strict=True):
+        if not stays:
+            choice.chosen.discard(key)
+            choice.rejected["near duplicate of another trace"] += 1
 
 
 def _keep_proportions(proportions: Mapping[str, float], domains: Mapping[str, str], choice: Choice) -> None:

@@ -12,17 +12,36 @@ from pydantic import Field, NonNegativeFloat
 from r1distill.data.config import Settings, execution
 from r1distill.data.sources import Source
 from r1distill.data.verify.filters import FilterSettings
+from r1distill.data.verify.sandbox import SandboxSettings
 
-CheckName = Literal["format", "truncation", "correctness", "repetition", "language"]
+CheckName = Literal["format", "truncation", "correctness", "agreement", "repetition", "language"]
 # In the order in which a trace's first reason is looked for: form before content.
-CHECKS: tuple[CheckName, ...] = ("format", "truncation", "correctness", "repetition", "language")
+CHECKS: tuple[CheckName, ...] = ("format", "truncation", "correctness", "agreement", "repetition", "language")
 
 
 class Decontaminate(Settings):
-    """Which benchmarks the prompts are kept apart from, by id and by shared word n-grams (null: by id alone)."""
+    """Which benchmarks the prompts are kept apart from, and how: by id, by shared word n-grams, and by meaning.
+
+    ``ngram: null`` is for benchmarks made from templates, all of whose questions share their words: by id alone.
+    ``reworded`` is the share of a question's weight that a prompt has to hold (see ``data.decontaminate``).
+    """
 
     against: list[str] = []
     ngram: int | None = Field(10, gt=0)  # the R1 paper's
+    reworded: float | None = Field(0.65, gt=0, le=1)
+
+
+class NearDuplicates(Settings):
+    """From which Jaccard similarity of their 3-word shingles on two prompts are one (see ``data.dedup``)."""
+
+    threshold: float = Field(0.8, gt=0, le=1)
+
+
+class Judge(Settings):
+    """Another model that settles what no verifier can."""
+
+    teacher: str  # a name from configs/teachers
+    domains: tuple[str, ...] = Field(min_length=1)  # whose unverifiable answers it is asked about
 
 
 class VerdictSettings(Settings):
@@ -31,7 +50,9 @@ class VerdictSettings(Settings):
     required: tuple[CheckName, ...] = CHECKS
     keep_unverified: tuple[str, ...] = ()  # domains without a rule, whose unverifiable traces are kept
     limits: FilterSettings = FilterSettings()
-    timeout_seconds: float = Field(10, gt=0)  # for one trace; then its process is killed
+    judge: Judge | None = None
+    timeout_seconds: float = Field(10, gt=0)  # for one trace; then its process is killed. Code has limits of its own
+    code: SandboxSettings = SandboxSettings()
     workers: int | None = execution(None)  # processes; null: one for each core, at most 16
 
 
@@ -48,6 +69,7 @@ class Selection(Settings):
     policy: Literal["first", "shortest", "all"] = "first"
     per_prompt: int = Field(1, gt=0)  # at most so many of a prompt's traces; `all` keeps every one
     pass_rate: Band | None = None  # null: prompts of every difficulty
+    near_duplicates: float | None = Field(None, gt=0, le=1)  # Jaccard similarity of two thinkings; null: all may stay
     proportions: dict[str, NonNegativeFloat] = {}  # domain → weight: the largest selection that keeps them; {}: all
     validation_share: float = Field(0.02, ge=0, lt=1)  # of the prompts, by hash: it is stable as prompts are added
 
@@ -59,6 +81,7 @@ class PromptSet(Settings):
     sources: list[Source] = Field(min_length=1)
     instruction: str | dict[str, str] = ""  # put behind the question, for all domains or by domain
     decontaminate: Decontaminate = Decontaminate()
+    near_duplicates: NearDuplicates | None = None  # null: only equal questions are one
     verdicts: VerdictSettings = VerdictSettings()
     dataset: Selection = Selection()
 

@@ -2,53 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from r1distill.data import schema, sources
-from r1distill.data.config import nearest
-from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.data import cluster, schema
+from r1distill.data.errors import R1DistillError
 from r1distill.data.result import Result
 from r1distill.data.settings import CHECKS, CheckName, VerdictSettings
-from r1distill.data.thinking import CLOSE, OPEN, split_thinking
-from r1distill.data.verify import filters, math, pool
-from r1distill.data.verify.check import Finding, failed, unverifiable
+from r1distill.data.verify import agreement, filters, pool, sandbox, verifiers
+from r1distill.data.verify import judge as judges
+from r1distill.data.verify.check import Finding, failed, passed, unverifiable
+from r1distill.data.verify.findings import Findings, content_key, finding_key
+from r1distill.data.verify.judge import Judge, JudgeRequest
+from r1distill.data.verify.verifiers import Item, correctness
 
-VERSIONS = dict.fromkeys(CHECKS, filters.VERSION) | {"correctness": math.VERSION}
-TRACES_PER_CHUNK = 256
-
-VERIFIERS = {"math": math.examine}  # name → (response, reference, question) → Finding
-
-
-@dataclass(frozen=True)
-class Item:
-    """One trace to be judged, with what it has to answer to. ``reasoning`` is None where no thinking was found;
-    ``problem`` says why there is nothing to judge (a damaged row)."""
-
-    prompt_id: str
-    sample: int
-    question: str
-    completion: str
-    reasoning: str | None
-    response: str
-    state: str = "done"
-    finish_reason: str | None = None
-    error: str | None = None
-    reference_answer: str | None = None
-    verifier: str = "math"
-    verifier_args: str = "{}"
-    domain: str = "math"
-    problem: str = ""
+MAY_HANG: tuple[CheckName, ...] = ("correctness", "agreement")
+TRACES_PER_BATCH = 256
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,6 +36,11 @@ class Judged:
     outcome: str
     reason: str
     kept: bool
+
+
+Wanted = tuple[Item, Sequence[CheckName]]
+Found = tuple[Item, dict[CheckName, Finding]]
+Examine = Callable[[VerdictSettings, Iterable[Wanted]], Generator[Found, None, None]]
 
 
 def item(prompt: dict[str, Any] | None, trace: dict[str, Any]) -> Item:
@@ -85,49 +66,67 @@ def item(prompt: dict[str, Any] | None, trace: dict[str, Any]) -> Item:
 
 def judge(settings: VerdictSettings, items: Iterable[Item]) -> Generator[Judged, None, None]:
     """Judge items in their order, a bounded number at a time; an item whose check hangs or dies is unverifiable."""
+    for one, findings in _examined(settings, ((one, CHECKS) for one in items)):
+        yield _judged(settings, one, findings)
+
+
+def _examined(settings: VerdictSettings, wanted: Iterable[Wanted]) -> Generator[Found, None, None]:
+    """Run some checks on each item, in processes that can be killed."""
     workers = settings.workers or min(16, os.cpu_count() or 1)
-    for one, findings in pool.ordered(_examine, ((one, settings) for one in items), workers, settings.timeout_seconds):
-        if isinstance(findings, str):
-            findings = {**_filtered(one[0], settings), "correctness": unverifiable(findings)}
-        yield _judged(settings, one[0], findings)
+    inputs = ((one, checks, settings) for one, checks in wanted)
+    for (one, checks, _), findings in pool.ordered(_examine, inputs, workers, _seconds):
+        if isinstance(findings, str):  # filters are quick: what hung or died was the verifier
+            others = _examine(one, [check for check in checks if check not in MAY_HANG], settings)
+            findings = others | {check: unverifiable(findings) for check in checks if check in MAY_HANG}
+        yield one, findings
 
 
-def _examine(one: Item, settings: VerdictSettings) -> dict[str, Finding]:
-    return {**_filtered(one, settings), "correctness": _correctness(one)}
+def _seconds(one: Item, checks: Sequence[CheckName], settings: VerdictSettings) -> float:
+    return verifiers.seconds(one, settings)
 
 
-def _correctness(one: Item) -> Finding:
+def _examined_on_ray(settings: VerdictSettings, wanted: Iterable[Wanted]) -> Generator[Found, None, None]:
+    """The same on the connected Ray cluster."""
+    for batch in cluster.ordered(_examine_batch, _batches(wanted), settings):
+        yield from batch
+
+
+def _examine_batch(batch: list[Wanted], settings: VerdictSettings) -> list[Found]:
+    """On a worker of the cluster, which has one core."""
+    return list(_examined(settings.model_copy(update={"workers": 1}), batch))
+
+
+def _examine(one: Item, checks: Sequence[CheckName], settings: VerdictSettings) -> dict[CheckName, Finding]:
+    return {check: _check(one, check, settings) for check in checks}
+
+
+def _check(one: Item, check: CheckName, settings: VerdictSettings) -> Finding:
+    """One check on one item; what never came back fails in its format alone."""
     if one.problem:
         return unverifiable(one.problem)
     if one.state in ("failed", "refused"):
-        return unverifiable("there is no answer to judge")
-    verifier = VERIFIERS.get(one.verifier)
-    if verifier is None:
-        return unverifiable("no verifier of this name", one.verifier)
-    if one.reference_answer is None or not one.reference_answer.strip():
-        return unverifiable("no reference answer")
-    return verifier(one.response, one.reference_answer, one.question)
-
-
-def _filtered(one: Item, settings: VerdictSettings) -> dict[str, Finding]:
-    """The checks of form; what never came back fails in its format alone."""
-    if one.problem:
-        return {check: unverifiable(one.problem) for check in CHECKS}
-    if one.state in ("failed", "refused"):
         reason = "the request failed" if one.state == "failed" else "the teacher refused"
-        none: dict[str, Finding] = dict.fromkeys(CHECKS, unverifiable("there is no text"))
-        return none | {"format": failed(reason, (one.error or "")[:200])}
+        return failed(reason, (one.error or "")[:200]) if check == "format" else unverifiable("there is no answer")
     text = f"{one.reasoning or ''}\n\n{one.response}" if one.reasoning or one.response else one.completion
     limits = settings.limits
-    return {
-        "format": filters.form(one.completion, one.reasoning, one.response, one.domain, limits),
-        "truncation": filters.truncation(one.completion, one.reasoning, one.response, one.finish_reason, one.state),
-        "repetition": filters.repetition(text, limits),
-        "language": filters.language(one.question, text, limits),
-    }
+    match check:
+        case "format":
+            return filters.form(one.completion, one.reasoning, one.response, one.domain, limits)
+        case "truncation":
+            return filters.truncation(one.completion, one.reasoning, one.response, one.finish_reason, one.state)
+        case "repetition":
+            return filters.repetition(text, limits)
+        case "language":
+            return filters.language(one.question, text, limits)
+        case "correctness":
+            return correctness(one, settings)
+        case "agreement":
+            if one.verifier != "math":
+                return passed("answers of this kind are not compared")
+            return agreement.examine(one.reasoning, one.response, one.question)
 
 
-def _judged(settings: VerdictSettings, one: Item, findings: dict[str, Finding]) -> Judged:
+def _judged(settings: VerdictSettings, one: Item, findings: Mapping[CheckName, Finding]) -> Judged:
     rows = [
         {
             "prompt_id": one.prompt_id,
@@ -136,15 +135,19 @@ def _judged(settings: VerdictSettings, one: Item, findings: dict[str, Finding]) 
             "outcome": findings[check].outcome,
             "reason": findings[check].reason or None,
             "detail": findings[check].detail or None,
-            "version": VERSIONS[check],
+            "version": _version(one, check),
         }
         for check in CHECKS
     ]
     outcome, reason = overall(settings.required, rows)
-    kept = outcome == "pass" or (
-        outcome == "unverifiable" and one.domain in settings.keep_unverified and not one.problem
-    )
-    return Judged(one, rows, outcome, reason, kept)
+    lenient = one.domain in settings.keep_unverified and not one.problem
+    return Judged(one, rows, outcome, reason, outcome == "pass" or (outcome == "unverifiable" and lenient))
+
+
+def _version(one: Item, check: CheckName) -> str:
+    if check == "correctness":
+        return verifiers.version(one)
+    return agreement.VERSION if check == "agreement" else filters.VERSION
 
 
 def overall(required: Sequence[str], verdicts: Iterable[dict[str, Any]]) -> tuple[str, str]:
@@ -157,44 +160,174 @@ def overall(required: Sequence[str], verdicts: Iterable[dict[str, Any]]) -> tupl
     return "pass", ""
 
 
-def build(settings: VerdictSettings, prompts: Path, traces: Path, out: Path) -> Result:
+# What of the settings decides each check, beside the item itself; a finding is kept under these and its version.
+_RULES: dict[CheckName, tuple[str, ...]] = {
+    "format": ("limits.code_in_thinking", "limits.max_paragraph_characters"),
+    "truncation": (),
+    "correctness": ("timeout_seconds",),
+    "agreement": ("timeout_seconds",),
+    "repetition": ("limits.max_repeated_share",),
+    "language": ("limits.max_foreign_words", "limits.min_target_share"),
+}
+_CONTENT = [field.name for field in fields(Item) if field.name not in ("prompt_id", "sample")]
+
+
+def build(
+    settings: VerdictSettings,
+    prompts: Path,
+    traces: Path,
+    out: Path,
+    home: Path,
+    *,
+    judge: Judge | None = None,
+    ray_address: str | None = None,
+) -> Result:
     """Write the VERDICT table: read = traces, kept = those that pass (or may be kept unverified), rejected by reason.
 
-    Judged in chunks, each of which is on disk before the next is counted done: a killed run judges no chunk twice.
+    Findings are kept under ``home/findings``: no check is run again that a killed run, or one with other policies, has
+    made. The first pass over the traces makes what is missing, on the Ray cluster at ``ray_address`` if there is one;
+    then the ``judge`` settles what the settings leave to a judge; the last pass writes the table. Raises RequestError
+    where generated code is to be run and there is no sandbox.
     """
+    table, asked = schema.read(traces, schema.TRACE), _Prompts(prompts)
+    if "code" in asked.verifiers:
+        sandbox.require()
+
+    def items() -> Iterator[Item]:
+        return (item(asked[row["prompt_id"]], row) for row in schema.rows(table))
+
+    with Findings(home / "findings") as findings:
+        with cluster.connected(ray_address) if ray_address else nullcontext():
+            examined = _examined_on_ray if ray_address else _examined
+            _make_missing(settings, items(), table.num_rows, findings, examined)
+        if settings.judge and judge is None:
+            raise R1DistillError("the verdicts' settings name a judge, and there is nobody to ask it: pass judge.")
+        if judge:
+            _settle(settings, items(), findings, judge)
+        return _written(settings, items(), findings, out, judge)
+
+
+def _make_missing(
+    settings: VerdictSettings, items: Iterable[Item], count: int, findings: Findings, examine: Examine
+) -> None:
     from tqdm import tqdm
 
-    table = schema.read(traces, schema.TRACE)
-    work = out / ".work"
-    starts = range(0, table.num_rows, TRACES_PER_CHUNK)
-    missing = {start for start in starts if _chunk(work, start) is None}
-    pieces = (table.slice(start, TRACES_PER_CHUNK) for start in sorted(missing))
-    asked = _Prompts(prompts)
-    items = (item(asked[row["prompt_id"]], row) for piece in pieces for row in schema.rows(piece))
-    progress = tqdm(total=table.num_rows, disable=None, delay=2, desc="verdicts", unit=" traces")
-    with progress, closing(judge(settings, items)) as judged:
-        for start in starts:
-            if start in missing:
-                _save(work, start, list(islice(judged, TRACES_PER_CHUNK)))
-            progress.update(min(TRACES_PER_CHUNK, table.num_rows - start))
-    return _assembled(work, starts, out)
+    with tqdm(total=count, disable=None, delay=2, desc="verdicts", unit=" traces") as progress:
+
+        def missing() -> Iterator[Wanted]:
+            for batch in _batches(items):
+                keys = [_keys(one, settings) for one in batch]
+                known = findings.known(key for each in keys for key in each.values())
+                for one, each in zip(batch, keys, strict=True):
+                    if lacking := [check for check, key in each.items() if key not in known]:
+                        yield one, lacking
+                    else:
+                        progress.update()
+
+        with closing(examine(settings, missing())) as examined:
+            for batch in _batches(examined):
+                made = [(_keys(one, settings), found) for one, found in batch]
+                findings.add({keys[check]: finding for keys, found in made for check, finding in found.items()})
+                progress.update(len(batch))
 
 
-def _assembled(work: Path, starts: Iterable[int], out: Path) -> Result:
-    """The table and the account of all chunks."""
+def _judged_before(settings: VerdictSettings, items: Iterable[Item], findings: Findings) -> Iterator[Judged]:
+    """What the verifiers' findings, all of which are there, say of the items."""
+    for batch in _batches(items):
+        keys = [_keys(one, settings) for one in batch]
+        known = findings.known(key for each in keys for key in each.values())
+        for one, each in zip(batch, keys, strict=True):
+            yield _judged(settings, one, {check: known[key] for check, key in each.items()})
+
+
+def _settle(settings: VerdictSettings, items: Iterable[Item], findings: Findings, judge: Judge) -> None:
+    """Ask the judge about every trace that is open to it and keep its finding as it comes; no reply is no finding."""
+    waiting: deque[Item] = deque()
+
+    def requests() -> Iterator[JudgeRequest]:
+        for judged in _judged_before(settings, items, findings):
+            one = judged.item
+            if _open(settings, judged) and not findings.known([_judge_key(one, judge)]):
+                waiting.append(one)
+                yield JudgeRequest(
+                    one.prompt_id, one.sample, judges.messages(one.question, one.reference_answer, one.response)
+                )
+
+    coming = requests()
+    for reply in judge.ask(coming):
+        one = waiting.popleft()
+        if reply is not None:
+            findings.add({_judge_key(one, judge): judges.read(reply)})
+    if waiting or any(coming):
+        raise R1DistillError("the judge's replies ended before its requests did. Run the same command again.")
+
+
+def _open(settings: VerdictSettings, judged: Judged) -> bool:
+    """Whether the judge is asked: where nothing speaks against a trace and its correctness alone is open."""
+    one = judged.item
+    if settings.judge is None or one.domain not in settings.judge.domains or judged.outcome != "unverifiable":
+        return False
+    outcomes = {row["check"]: row["outcome"] for row in judged.verdicts}
+    return outcomes["correctness"] == "unverifiable" and not one.problem and bool(one.response.strip())
+
+
+def _written(
+    settings: VerdictSettings, items: Iterable[Item], findings: Findings, out: Path, judge: Judge | None
+) -> Result:
+    """The table and its account, from findings that are all there."""
     rejected: Counter[str] = Counter()
     checks = {check: Counter[str]() for check in CHECKS}
     kept = 0
     with schema.writing(out, schema.VERDICT) as writer:
-        for start in starts:
-            chunk = _chunk(work, start) or {}
-            kept += chunk["kept"]
-            rejected.update(chunk["rejected"])
-            for row in chunk["verdicts"]:
+        for judged in _judged_before(settings, items, findings):
+            if judge and _open(settings, judged):
+                judged = _settled(settings, judged, findings, judge)
+            kept += judged.kept
+            rejected[judged.reason] += not judged.kept
+            for row in judged.verdicts:
                 checks[row["check"]][row["outcome"]] += 1
                 writer.append(row)
     metrics = {"checks": {check: dict(counts) for check, counts in checks.items()}}
-    return Result(kept + rejected.total(), kept, dict(rejected), metrics, unit="traces")
+    return Result(kept + rejected.total(), kept, dict(+rejected), metrics, unit="traces")
+
+
+def _settled(settings: VerdictSettings, judged: Judged, findings: Findings, judge: Judge) -> Judged:
+    """With the judge's finding in the place of the verifier's."""
+    key = _judge_key(judged.item, judge)
+    finding = findings.known([key]).get(key) or judges.read(None)
+    rows = {row["check"]: row for row in judged.verdicts}
+    made = {check: Finding(row["outcome"], row["reason"] or "", row["detail"] or "") for check, row in rows.items()}
+    settled = _judged(settings, judged.item, {**made, "correctness": finding})
+    for row in settled.verdicts:
+        if row["check"] == "correctness":
+            row["version"] = f"{judges.VERSION}, {judge.name}"
+    return settled
+
+
+def _keys(one: Item, settings: VerdictSettings) -> dict[CheckName, bytes]:
+    """Under what each check's finding on this item is kept."""
+    content = content_key(*(getattr(one, name) for name in _CONTENT))
+    values: dict[str, Any] = {"timeout_seconds": settings.timeout_seconds, "limits": settings.limits.model_dump()}
+
+    def rule(check: CheckName) -> Iterator[Any]:
+        for name in _RULES[check]:
+            section, _, field = name.partition(".")
+            yield values[section][field] if field else values[section]
+        if check == "correctness" and one.verifier == "code":
+            yield settings.code.model_dump(mode="json")
+
+    return {check: finding_key(content, check, _version(one, check), *rule(check)) for check in CHECKS}
+
+
+def _judge_key(one: Item, judge: Judge) -> bytes:
+    content = content_key(*(getattr(one, name) for name in _CONTENT))
+    return finding_key(content, "judge", judges.VERSION, judge.name, judge.identity)
+
+
+def _batches(things: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(things)
+    while batch := list(islice(iterator, TRACES_PER_BATCH)):
+        yield batch
 
 
 class _Prompts:
@@ -203,154 +336,8 @@ class _Prompts:
     def __init__(self, folder: Path):
         self._table = schema.read(folder, schema.PROMPT)
         self._at = {key: place for place, key in enumerate(self._table["prompt_id"].to_pylist())}
+        self.verifiers = set(self._table["verifier"].unique().to_pylist())
 
     def __getitem__(self, prompt_id: str) -> dict[str, Any] | None:
         place = self._at.get(prompt_id)
         return None if place is None else self._table.slice(place, 1).to_pylist()[0]
-
-
-def _save(work: Path, start: int, judged: list[Judged]) -> None:
-    chunk = {
-        "kept": sum(one.kept for one in judged),
-        "rejected": Counter(one.reason for one in judged if not one.kept),
-        "verdicts": [row for one in judged for row in one.verdicts],
-    }
-    work.mkdir(parents=True, exist_ok=True)
-    fresh = work / f"{start}.new"
-    with fresh.open("w", encoding="utf-8") as handle:
-        json.dump(chunk, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    fresh.rename(work / f"{start}.json")
-
-
-def _chunk(work: Path, start: int) -> dict[str, Any] | None:
-    """A finished chunk, or None."""
-    file = work / f"{start}.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-
-# What `r1distill verify` writes: one row for each row of its input.
-COLUMNS: tuple[CheckName, ...] = ("correctness", "format", "truncation", "repetition", "language")
-VERIFIED = pa.schema(
-    [("row", pa.int64()), ("outcome", pa.string()), ("reason", pa.string()), *((name, pa.string()) for name in COLUMNS)]
-)
-_OURS = ("prompt", "completion", "reasoning", "response", "reference_answer", "finish_reason", "domain", "verifier")
-_ROWS_PER_BATCH = 1024
-
-
-def verify_file(
-    input: Path, out: Path, columns: dict[str, str], verifier: str, settings: VerdictSettings
-) -> dict[str, Any]:
-    """Judge the rows of a JSONL(.gz) or Parquet file or a ``datasets`` folder into ``out/verdicts.parquet``, in order.
-
-    ``columns`` maps ours (prompt, completion, or reasoning and response, reference_answer, finish_reason, domain,
-    verifier) to the file's; those that are not mapped are looked for under our name. A row that can't be read is
-    unverifiable. Returns {"rows", "outcomes", "checks": {check: {outcome: rows}}, "reasons": {reason: rows}}.
-    Raises RequestError where the file as a whole, or a column that was asked for, is not there.
-    """
-    rows = _known_columns(input, columns)
-    names = {ours: columns.get(ours, ours) for ours in _OURS}
-    items = (_recorded(number, row, names, verifier) for number, row in enumerate(rows))
-    checks: dict[str, Counter[str]] = {name: Counter() for name in COLUMNS}
-    outcomes: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    with _writing(out) as write:
-        for judged in judge(settings, items):
-            found = {row["check"]: row["outcome"] for row in judged.verdicts}
-            write({"row": judged.item.sample, "outcome": judged.outcome, "reason": judged.reason or None, **found})
-            outcomes[judged.outcome] += 1
-            reasons[judged.reason] += bool(judged.reason)
-            for name in COLUMNS:
-                checks[name][found[name]] += 1
-    return {
-        "rows": outcomes.total(),
-        "outcomes": dict(outcomes),
-        "checks": {name: dict(counts) for name, counts in checks.items()},
-        "reasons": dict(+reasons),
-    }
-
-
-def _known_columns(input: Path, columns: dict[str, str]) -> Iterator[dict[str, Any] | str]:
-    """The file's rows, once its first hundred have shown the columns that were asked for."""
-    for ours in columns:
-        if ours not in _OURS:
-            raise RequestError(f"--columns: there is no column '{ours}' of ours.{nearest(ours, _OURS)}")
-    if not input.exists():
-        raise RequestError(
-            f"{input} is not there. Expected a .jsonl, .jsonl.gz or .parquet file, or a datasets folder."
-        )
-    rows = sources.file_rows(input)
-    first = list(islice(rows, 100))
-    if not first:
-        raise RequestError(f"{input} holds no rows. Expected at least one.")
-    there = {name: None for row in first if isinstance(row, dict) for name in row}
-    text = [columns.get(ours, ours) for ours in ("completion", "response")]
-    for theirs in (*columns.values(), *([] if set(text) & there.keys() else text[:1])):
-        if there and theirs not in there:
-            raise RequestError(
-                f"{input} has no column '{theirs}'.{nearest(theirs, list(there))} It has: {', '.join(there)}. "
-                "Name yours: --columns prompt=…,completion=…,reference_answer=…"
-            )
-    return chain(first, rows)
-
-
-def _recorded(number: int, row: dict[str, Any] | str, names: dict[str, str], verifier: str) -> Item:
-    """A row of a file as an item; numbered by ``sample``. Recorded R1 text begins inside the thinking."""
-    values = {ours: row.get(theirs) for ours, theirs in names.items()} if isinstance(row, dict) else {}
-    if problem := row if isinstance(row, str) else _problem(values):
-        return Item("", number, "", "", None, "", problem=problem)
-    completion = values["completion"]
-    if completion is None:
-        thinking = f"{OPEN}{values['reasoning']}{CLOSE}" if values["reasoning"] is not None else ""
-        completion = thinking + (values["response"] or "")
-    reasoning, response = split_thinking(completion, opened=True)
-    reference = values["reference_answer"]
-    return Item(
-        prompt_id="",
-        sample=number,
-        question=values["prompt"] or "",
-        completion=completion,
-        reasoning=reasoning,
-        response=response,
-        finish_reason=values["finish_reason"],
-        reference_answer=None if reference is None or reference != reference else str(reference),  # NaN is no answer
-        verifier=values["verifier"] or verifier,
-        domain=values["domain"] or "math",
-    )
-
-
-def _problem(values: dict[str, Any]) -> str:
-    """Why the values of a row can't be judged, or ""."""
-    if values["completion"] is None and values["response"] is None:
-        return "completion is missing"
-    for name, value in values.items():
-        allowed = (str, int, float) if name == "reference_answer" else str
-        if value is not None and not isinstance(value, allowed):
-            return f"{name} is {type(value).__name__}, expected text"
-    return ""
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Write rows of VERIFIED a batch at a time; ``out/verdicts.parquet`` appears when all of them are in it."""
-    fresh, final = out / ".verdicts.parquet.new", out / "verdicts.parquet"
-    pending: list[dict[str, Any]] = []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        final.unlink(missing_ok=True)  # of an earlier input
-        with pq.ParquetWriter(fresh, VERIFIED, compression="zstd") as table:
-
-            def write(row: dict[str, Any]) -> None:
-                pending.append(row)
-                if len(pending) == _ROWS_PER_BATCH:
-                    table.write_batch(pa.RecordBatch.from_pylist(pending, schema=VERIFIED))
-                    pending.clear()
-
-            yield write
-            table.write_batch(pa.RecordBatch.from_pylist(pending, schema=VERIFIED))
-        fresh.rename(final)
-    except OSError as error:
-        raise R1DistillError(f"{final} can't be written: {error}.") from error
-    finally:
-        fresh.unlink(missing_ok=True)

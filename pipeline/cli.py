@@ -76,6 +76,8 @@ def distill(
     stages = runner.stage_names(until)
     if "scores" in stages:
         run.check_held_out()
+    if "verdicts" in stages or pilot is not None:
+        run.check_sandbox()
     plan.check(run.student, run.teacher, run.hardware, stages=stages if pilot is None else ["prompts", "traces"])
     steps = runner.chain(run, until)
     done: list[runner.Done] = []
@@ -168,7 +170,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Judge completions that exist already: one row of verdicts for each row of the input, in order."""
-    from r1distill.data import verdicts
+    from r1distill.data import verdict_file
     from r1distill.data.errors import RequestError
     from r1distill.data.settings import VerdictSettings
     from r1distill.pipeline import report
@@ -176,7 +178,7 @@ def verify(
     pairs = dict(pair.split("=", 1) for pair in columns.split(",") if "=" in pair)
     if columns and len(pairs) != len(columns.split(",")):
         raise RequestError(f"--columns takes NAME=COLUMN,NAME=COLUMN…, found '{columns}'.")
-    totals = verdicts.verify_file(input, into, pairs, verifier, VerdictSettings())
+    totals = verdict_file.verify(input, into, pairs, verifier, VerdictSettings())
     report.show_totals(totals, into / "verdicts.parquet", out, as_json)
 
 

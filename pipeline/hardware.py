@@ -52,6 +52,7 @@ class Hardware(Settings):
     gpu_bf16_tflops: float = Field(0, ge=0)  # of one GPU, dense
     gpu_bandwidth_tb_per_second: float = Field(0, ge=0)  # of one GPU's memory
     link: Link = "none"  # between the GPUs of a node
+    ray_address: str | None = execution(None)  # a Ray cluster's head ("auto": this machine's) that judges and samples
     price_usd_per_gpu_hour: Decimal | None = Field(None, ge=0)
 
     @model_validator(mode="after")

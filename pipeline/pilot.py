@@ -70,7 +70,8 @@ def run_pilot(run: Run, prompts: Path, count: int) -> Pilot:
     for stage in ("traces", "verdicts"):
         (work / stage / ".work").mkdir(parents=True)
     traces.build(run.teacher, work / "prompts", work / "traces", run.home, run.prompts.instruction)
-    judged = verdicts.build(run.prompts.verdicts, work / "prompts", work / "traces", work / "verdicts")
+    inputs = work / "prompts", work / "traces"
+    judged = verdicts.build(run.prompts.verdicts, *inputs, work / "verdicts", run.home, judge=run.judge)
     return _forecast(run, work, len(drawn), len(ids), judged.rejected)
 
 

@@ -115,7 +115,8 @@ def _show_scores(scores: dict[str, Any], out: Console) -> None:
             right=("accuracy", "95% interval", "asked", "cut off", "tokens", "size"),
             title=f"{bench['title']} ({name}): mean of k samples",
         )  # fmt: skip
-        for model, row in bench["models"].items():
+        for model in sorted(bench["models"], key=_rank):
+            row = bench["models"][model]
             table.add_row(
                 model,
                 _percent(row["accuracy"]),
@@ -131,6 +132,12 @@ def _show_scores(scores: dict[str, Any], out: Console) -> None:
     for gate in scores["gates"]:
         mark = "[green]passed[/green]" if gate["passed"] else "[red]FAILED[/red]"
         out.print(f"gate {mark}  {gate['model']:<12} {gate['message']}")
+
+
+def _rank(model: str) -> tuple[int, str]:
+    """Base, teacher, student, then the variants by name: a manifest's keys are sorted."""
+    first = ("base", "teacher", "student")
+    return (first.index(model), "") if model in first else (len(first), model)
 
 
 def _next(run: Run, done: list[Done]) -> list[str]:

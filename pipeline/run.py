@@ -7,15 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from r1distill.data import models, sources
 from r1distill.data.config import load, nearest, parse_overrides
 from r1distill.data.errors import RequestError
 from r1distill.data.settings import Benchmark, PromptSet
+from r1distill.data.verify import sandbox
 from r1distill.pipeline.hardware import Hardware, named
 from r1distill.students.catalogue import Student
 from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher, load_teacher
+
+if TYPE_CHECKING:
+    from r1distill.data.verify.judge import Judge
 
 SECTIONS = ("student", "teacher", "prompts", "hardware")
 
@@ -63,6 +67,16 @@ class Run:
             held_out=[load("benchmarks", name, Benchmark) for name in the_prompts.decontaminate.against],
         )
 
+    @cached_property
+    def judge(self) -> Judge | None:
+        """Who settles the answers that no rule does, where the prompts' file names one."""
+        settings = self.prompts.verdicts.judge
+        if settings is None:
+            return None
+        from r1distill.teacher.judging import judge
+
+        return judge(load_teacher(settings.teacher), self.home)
+
     def check_held_out(self) -> None:
         """Raise RequestError where the student would be scored on questions that its prompts may hold."""
         apart = self.prompts.decontaminate.against
@@ -71,6 +85,11 @@ class Run:
                 f"'{self.student.name}' is scored on {', '.join(missing)}, which the prompts '{self.prompts.name}' are "
                 f"not kept apart from. Say so: --set 'prompts.decontaminate.against={[*apart, *missing]}'"
             )
+
+    def check_sandbox(self) -> None:
+        """Raise RequestError, before a teacher is paid, where generated code is to be judged and can't be run."""
+        if any(source.verifier == "code" for source in self.prompts.sources):
+            sandbox.require()
 
     @cached_property
     def base_revision(self) -> str:
@@ -92,6 +111,7 @@ class Run:
         """Sources and what they are kept apart from, each with its revision."""
         return {
             "sources": [[source.identity(), sources.revision(source)] for source in self.prompts.sources],
+            "near_duplicates": self.prompts.near_duplicates and self.prompts.near_duplicates.identity(),
             "decontaminate": self.prompts.decontaminate.identity(),
             "against": [[bench.source.identity(), sources.revision(bench.source)] for bench in self.held_out],
         }
@@ -102,6 +122,9 @@ class Run:
             "revision": self.teacher_revision,
             "instruction": self.prompts.instruction,
         }
+
+    def identity_of_verdicts(self) -> dict[str, Any]:
+        return {"verdicts": self.prompts.verdicts.identity(), "judge": self.judge.identity if self.judge else None}
 
     def identity_of_student(self, *parts: str) -> dict[str, Any]:
         """The named parts of the student's settings and its base model's revision."""
@@ -134,7 +157,14 @@ class Run:
 
     def lineage_of_data(self) -> dict[str, Any]:
         """Names and revisions for the dataset's card; nothing of the student, since every student shares it."""
-        return {"teacher": self.teacher.name, "teacher_revision": self.teacher_revision, "prompts": self.prompts.name}
+        apart = self.prompts.decontaminate
+        return {
+            "teacher": self.teacher.name,
+            "teacher_revision": self.teacher_revision,
+            "prompts": self.prompts.name,
+            "kept_apart_from": ", ".join(apart.against) or "nothing",
+            "shared_ngrams": f"{apart.ngram} words" if apart.ngram else "not looked for",
+        }
 
     def lineage(self) -> dict[str, Any]:
         """Names and revisions for the student's card."""

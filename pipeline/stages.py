@@ -55,7 +55,7 @@ def stage(
 # The first four don't depend on the student: every student shares them.
 
 
-@stage(label=lambda run: run.prompts.name, decides=lambda run: run.identity_of_prompts())
+@stage(version=2, label=lambda run: run.prompts.name, decides=lambda run: run.identity_of_prompts())
 def prompts(run: Run, inputs: Inputs, out: Path) -> Result:
     """Prompts with a stable id, deduplicated and decontaminated."""
     from r1distill.data import prompts
@@ -68,23 +68,28 @@ def traces(run: Run, inputs: Inputs, out: Path) -> Result:
     """One row for every (prompt, sample) asked of the teacher, whatever became of it."""
     from r1distill.teacher import traces
 
-    return traces.build(run.teacher, inputs["prompts"], out, run.home, run.prompts.instruction)
+    return traces.build(
+        run.teacher, inputs["prompts"], out, run.home, run.prompts.instruction, run.hardware.ray_address
+    )
 
 
 @stage(
     reads=("prompts", "traces"),
+    version=2,
     label=lambda run: run.teacher.name,
-    decides=lambda run: {"verdicts": run.prompts.verdicts.identity()},
+    decides=lambda run: run.identity_of_verdicts(),
 )
 def verdicts(run: Run, inputs: Inputs, out: Path) -> Result:
     """Every check's result and reason for every trace, also for those that fail."""
     from r1distill.data import verdicts
 
-    return verdicts.build(run.prompts.verdicts, inputs["prompts"], inputs["traces"], out)
+    settings, address = run.prompts.verdicts, run.hardware.ray_address
+    return verdicts.build(settings, **inputs, out=out, home=run.home, judge=run.judge, ray_address=address)
 
 
 @stage(
     reads=("prompts", "traces", "verdicts"),
+    version=2,
     label=lambda run: f"{run.teacher.name}-{run.prompts.name}",
     decides=lambda run: {"dataset": run.prompts.dataset.identity()},
 )

@@ -40,7 +40,7 @@ def an_artifact(home: Path) -> Path:
             rows.append({**dict.fromkeys(schema.TRACE.names), **text, **state, "prompt_id": key, "sample": sample})
     schema.write(traces, schema.TRACE, rows)
     settings = verdicts.VerdictSettings(workers=1)
-    verdicts.build(settings, prompts, traces, out)
+    verdicts.build(settings, prompts, traces, out, home)
     inputs = {
         "prompts": {},
         "traces": {"prompts": "pppppppp"},

@@ -101,3 +101,19 @@ def test_verdicts_of_other_traces_are_refused(tmp_path):
     _, verdicts = made(tmp_path / "2", {"b": "cc"})
     with pytest.raises(R1DistillError, match="judges other traces"):
         choose(Selection(), VerdictSettings(), traces, verdicts, {"a": "math"})
+
+
+def test_of_nearly_equal_thinkings_the_first_stays(tmp_path):
+    text = (
+        "Let me think about the apples that Ann has and the pears that Bob gave her on a sunny day in the garden. " * 3
+    )
+    other = "We write the equation down and solve it for the unknown, then we put it back to see that it holds true."
+    traces, verdicts = made(tmp_path, {"a": "cc", "b": "cc"})
+    thinkings = [text, text + "So 5.", other, text.replace("sunny", "rainy")]
+    traces = traces.set_column(
+        traces.schema.get_field_index("reasoning"), "reasoning", pa.array(thinkings, pa.string())
+    )
+    settings = Selection(policy="all", near_duplicates=0.7)
+    choice = choose(settings, VerdictSettings(), traces, verdicts, dict.fromkeys("ab", "math"))
+    assert choice.chosen == {("a", 0), ("b", 0)}
+    assert choice.rejected == {"near duplicate of another trace": 2}

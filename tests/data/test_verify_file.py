@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from r1distill.data import schema, verdicts
+from r1distill.data import schema, verdict_file
 from r1distill.data.errors import RequestError
-from r1distill.data.verdicts import VerdictSettings, verify_file
+from r1distill.data.settings import VerdictSettings
+from r1distill.data.verdict_file import verify
 
 RIGHT = "Two and two make four.\n</think>\n\nIt is \\boxed{4}."
 WRONG = "Two and two make five.\n</think>\n\nIt is \\boxed{5}."
@@ -21,9 +22,9 @@ def row(text=RIGHT, **changes):
 
 
 def verified(file, out, columns=COLUMNS):
-    totals = verify_file(file, out, columns, "math", VerdictSettings(workers=1, timeout_seconds=5))
+    totals = verify(file, out, columns, "math", VerdictSettings(workers=1, timeout_seconds=5))
     table = pq.read_table(out / "verdicts.parquet")
-    assert table.schema.equals(verdicts.VERIFIED)
+    assert table.schema.equals(verdict_file.VERIFIED)
     assert table["row"].to_pylist() == list(range(totals["rows"]))
     return totals, table.to_pylist()
 
@@ -136,7 +137,7 @@ def test_a_damaged_file_is_one_clear_error_and_leaves_nothing(tmp_path, damage, 
         file = tmp_path / "in.csv"
         file.write_text("prompt,text\n")
     with pytest.raises(RequestError, match=message.replace("(", r"\(")):
-        verify_file(file, tmp_path / "out", columns, "math", VerdictSettings())
+        verify(file, tmp_path / "out", columns, "math", VerdictSettings())
     assert not (tmp_path / "out" / "verdicts.parquet").exists()
 
 
