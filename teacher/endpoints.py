@@ -62,12 +62,15 @@ class Endpoints:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    def choose(self) -> tuple[Place | None, float]:
-        """The place to ask now, with the request counted as in flight; or None, and when to look again, in seconds."""
+    def choose(self, last: Place | None = None) -> tuple[Place | None, float]:
+        """The place to ask now, with the request counted as in flight; or None, and when to look again, in seconds.
+
+        The ``last`` one comes last; one that is out and due is probed first.
+        """
         now = time.monotonic()
         ready = [place for place in self.places if place.ready_at <= now and not place.probing]
         if ready:
-            place = min(ready, key=lambda one: (not one.outages, one.in_flight))  # one that was out is probed first
+            place = min(ready, key=lambda one: (one is last, not one.outages, one.in_flight))
             place.in_flight += 1
             place.probing = place.outages > 0
             return place, 0.0

@@ -217,14 +217,14 @@ class _Asker:
 
     async def _exchange(self, call: Call) -> Decimal:
         """Ask until there is something to keep, and keep it; or until everything has to stop. Returns what it cost."""
-        attempt, limited, began = 1, 0, time.monotonic()
+        attempt, limited, began, place = 1, 0, time.monotonic(), None
         body = self.order.body(call, self.endpoint.model)
-        while (turn := await self._turn(call)) is not None:
+        while (turn := await self._turn(call, place)) is not None:
             place, tokens = turn
             sent = time.monotonic()
             got, raw = await self._attempt(place, body)
             self._limits.answered(tokens, got.reply if got else None)
-            if got is None:  # nobody was there to read the question
+            if got is None:  # no attempt of this request's: it goes elsewhere, or waits
                 continue
             if got.kind == "stop":
                 self._stop(f"{place.url} refuses: {got.error}. {self._advice()}")
@@ -246,12 +246,15 @@ class _Asker:
                 await self._rest(wait)
         return Decimal(0)
 
-    async def _turn(self, call: Call) -> tuple[Place, float] | None:
-        """The server to ask, when it may be asked, and what the limits were charged; None where all has to stop."""
+    async def _turn(self, call: Call, last: Place | None) -> tuple[Place, float] | None:
+        """The server to ask, when it may be asked, and what the limits were charged; None where all has to stop.
+
+        Not the one that the ``last`` attempt was made at, if there is another.
+        """
         wait, tokens = self._limits.take(call.prompt_bytes)
         await self._rest(wait)
         while not self.stopped:
-            place, wait = self._endpoints.choose()
+            place, wait = self._endpoints.choose(last)
             if place is not None:
                 return place, tokens
             if self._endpoints.down_seconds() > self.client.down_seconds:
@@ -263,10 +266,10 @@ class _Asker:
         return None
 
     async def _attempt(self, place: Place, body: str) -> tuple[Outcome | None, bytes | None]:
-        """What one request brought: None where the server can't be reached and will be probed."""
+        """What one request brought: None where it is the server that is to blame, which is out or was being probed."""
         import aiohttp
 
-        why, reachable = "", True
+        why, reachable, probe = "", True, place.probing
         try:
             status, headers, raw = await place.post(body)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -281,12 +284,12 @@ class _Asker:
             if self._recover:
                 self._recover()  # blocks everything, as long as there is nobody to ask
             self._endpoints.failed(place, why, reachable)
-            return (Outcome("retry", why) if reachable else None), None
+            return (Outcome("retry", why) if reachable and not probe else None), None
         got = outcome(status, headers, raw, self.order.opens_thinking)
         if status >= 500 and got.kind == "retry":
             self._endpoints.failed(place, got.error or "", True)
-        else:
-            self._endpoints.answered(place)
+            return (None if probe else got), raw
+        self._endpoints.answered(place)
         return got, raw
 
     async def _rest(self, seconds: float) -> None:

@@ -157,7 +157,7 @@ def check(teacher: VllmTeacher | EndpointTeacher | RecordedTeacher) -> None:
     """Raise RequestError, at once and before anything is started, where this teacher can't be asked from here."""
     if isinstance(teacher, EndpointTeacher):
         _endpoint(teacher).key()
-    elif isinstance(teacher, VllmTeacher) and importlib.util.find_spec("vllm") is None:
+    elif isinstance(teacher, VllmTeacher) and not (teacher.client.base_urls or importlib.util.find_spec("vllm")):
         raise RequestError(
             f"the teacher '{teacher.name}' is served by vLLM, which is not installed. Install it: make setup"
         )

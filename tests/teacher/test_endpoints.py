@@ -79,6 +79,17 @@ def test_one_that_answers_with_errors_is_left_out_while_there_is_another(
     assert "is left out until it answers again: HTTP 500: ***, as scripted" in capfd.readouterr().err
 
 
+def test_a_request_is_not_failed_by_the_probes_that_it_makes(fake, another, ledger, order):
+    ill = another()
+    ill.always, fake.always = 500, "sleep 0.2"
+    few = [str(number) for number in range(24)]
+    ask(
+        order(few), fake.endpoint(), ledger, client_of(fake.url, ill.url, attempts=3, in_flight=2, backoff_seconds=0.01)
+    )
+    assert all_done(order(few), ledger)
+    assert ill.asked.total() > 8
+
+
 def test_a_limit_of_one_leaves_the_other_to_be_asked(fake, another, ledger, order):
     limited = another()
     limited.always = (429, {"retry-after": "60"})
