@@ -112,7 +112,11 @@ def materialise(ref: ModelRef, home: Path, *, files: list[str] | None = None) ->
         partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
         partial.mkdir(parents=True)
         try:
-            _dequantise(ref, partial)
+            if ref.adapter:
+                base = materialise(ref.model_copy(update={"adapter": None}), home)
+                _merge(base, ROOT / ref.adapter, partial)
+            else:
+                _dequantise(ref, partial)
             partial.rename(folder)
         except OSError:
             if not folder.is_dir():  # another process was first
@@ -123,7 +127,7 @@ def materialise(ref: ModelRef, home: Path, *, files: list[str] | None = None) ->
 
 
 def _dequantise(ref: PackageModel, out: Path) -> None:
-    """The package's GGUF file as bf16 safetensors with its tokenizer, the adapter (if any) merged in."""
+    """The package's GGUF file as bf16 safetensors with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -133,21 +137,25 @@ def _dequantise(ref: PackageModel, out: Path) -> None:
         raise RequestError(
             f"the package {ref.package} carries no file {ref.file}. Install the tested version: make setup"
         )
-    config = GgufConfig(dequantize=True)
-    # Merging in float32 keeps the adapter's small updates; bf16 would round many of them away.
-    dtype = torch.float32 if ref.adapter else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=ref.file, quantization_config=config, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=ref.file)
-    if ref.adapter:
-        from peft import PeftModel
-
-        adapter = ROOT / ref.adapter
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(torch.bfloat16)
-        if (adapter / "chat_template.jinja").is_file():
-            tokenizer.chat_template = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
-    if getattr(model, "hf_quantizer", None) is not None or hasattr(model.config, "quantization_config"):
-        model.config.__dict__.pop("quantization_config", None)
+    settings = {"gguf_file": ref.file, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(source, **settings)
+    model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    AutoTokenizer.from_pretrained(source, gguf_file=ref.file).save_pretrained(out)
     if not any(out.glob("*.safetensors")):
         raise R1DistillError(f"{ref.file} could not be written as safetensors to {out}.")
+
+
+def _merge(base: Path, adapter: Path, out: Path) -> None:
+    """The model in ``base`` with a LoRA adapter merged in, and the adapter's chat template, if it has one."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Merging in float32 keeps the adapter's small updates; bf16 would round many of them away.
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(torch.bfloat16).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if (adapter / "chat_template.jinja").is_file():
+        tokenizer.chat_template = (adapter / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.save_pretrained(out)
