@@ -76,9 +76,9 @@ def distill(
     stages = runner.stage_names(until)
     if "scores" in stages:
         run.check_held_out()
+    plan.check(run.student, run.teacher, run.hardware, stages=stages if pilot is None else ["prompts", "traces"])
     if "verdicts" in stages or pilot is not None:
         run.check_sandbox()
-    plan.check(run.student, run.teacher, run.hardware, stages=stages if pilot is None else ["prompts", "traces"])
     steps = runner.chain(run, until)
     done: list[runner.Done] = []
     failed: list[str] = []
