@@ -121,7 +121,7 @@ def plan(
     from r1distill.pipeline.run import Run
 
     run = Run.load(student, teacher, prompts, hardware, changes or [])
-    answer = plan.plan(run.student, run.teacher, run.hardware, run.prompts, run.benchmarks)
+    answer = plan.of_run(run)
     report.show_plan(answer, out, as_json)
     raise typer.Exit(0 if answer.fits else 2)
 
@@ -133,6 +133,17 @@ def status(as_json: Json = False) -> None:
     from r1distill.pipeline.run import home_folder
 
     report.show_status(home_folder(), runner.artifacts(home_folder()), out, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine lacks to run the chain, each with its remedy; exits 1 where something is broken."""
+    from r1distill.pipeline import doctor, report
+    from r1distill.pipeline.run import home_folder
+
+    checks = doctor.examine(home_folder())
+    report.show_checks(checks, out, as_json)
+    raise typer.Exit(0 if doctor.healthy(checks) else 1)
 
 
 @app.command()

@@ -5,20 +5,26 @@ Pure arithmetic on settings: nothing is downloaded, started or imported that tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from r1distill.data import hub
 from r1distill.data.config import names
 from r1distill.data.errors import RequestError
+from r1distill.data.hub import Access, Kind
+from r1distill.data.models import HubModel
 from r1distill.data.settings import Benchmark, PromptSet
-from r1distill.pipeline import estimate, stageplan
+from r1distill.data.sources import HubSource
+from r1distill.pipeline import calibration, estimate, stageplan
+from r1distill.pipeline.calibration import Measurement
 from r1distill.pipeline.estimate import Memory
 from r1distill.pipeline.hardware import Hardware, detect, named
+from r1distill.pipeline.run import Run
 from r1distill.pipeline.stageplan import StagePlan
 from r1distill.pipeline.workload import Workload, workload
 from r1distill.students.catalogue import Student
-from r1distill.teacher.settings import Teacher, VllmTeacher
+from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher
 
 hardware_named = named
 
@@ -35,6 +41,7 @@ class Plan:
     disk: Memory
     disk_free_gib: float
     assumptions: tuple[str, ...]
+    access: dict[str, Access] = field(default_factory=dict)  # repository → whether this account may have it
 
     @property
     def disk_fits(self) -> bool:
@@ -56,7 +63,12 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
         stages = [
-            {**asdict(stage), "needed_gib": stage.needed_gib, "usd": None if stage.usd is None else str(stage.usd)}
+            {
+                **asdict(stage),
+                "needed_gib": stage.needed_gib,
+                "usd": None if stage.usd is None else str(stage.usd),
+                "measured": stage.measured and stage.measured.model_dump(mode="json"),
+            }
             for stage in self.stages
         ]
         return {**asdict(self), "fits": self.fits, "disk_fits": self.disk_fits, "stages": stages}
@@ -68,8 +80,23 @@ class Plan:
             lines += stage.lines()
         verdict, sizes = "fits" if self.disk_fits else "DOES NOT FIT", stageplan.parts(self.disk)
         lines.append(f"{'disk':<12}{verdict}  {sum(self.disk.values()):,.0f} of {self.disk_free_gib:,.0f} GiB: {sizes}")
+        lines += [""] if self.access else []
+        lines += [f"{'access':<12}{state}  {', '.join(found)}" for state, found in self._by_access().items()]
         lines += ["", *(f"assumed: {line}" for line in self.assumptions), ""]
         return "\n".join([*lines, f"{self.student} {'fits' if self.fits else 'does not fit'} on {self.hardware}."])
+
+    def _by_access(self) -> dict[str, list[str]]:
+        """Repositories by what is known of them, in words."""
+        words = {
+            "granted": "granted",
+            "gated": "GATED, ask for it on the Hub and set HF_TOKEN:",
+            "missing": "MISSING, or private:",
+            "not checked": "not checked (no answer from the Hub)",
+        }
+        found: dict[str, list[str]] = {}
+        for repo, state in sorted(self.access.items()):
+            found.setdefault(words[state], []).append(repo)
+        return found
 
 
 def plan(
@@ -78,23 +105,74 @@ def plan(
     hardware: Hardware,
     prompts: PromptSet | None = None,
     benchmarks: Sequence[Benchmark] = (),
+    measured: Sequence[Measurement] = (),
 ) -> Plan:
-    """Plan the stages; without ``prompts`` and ``benchmarks``, what depends on their number has no hours."""
+    """Plan the stages; without ``prompts`` and ``benchmarks``, what depends on their number has no hours.
+
+    What was ``measured`` of the same work on the same kind of hardware takes the place of what is predicted.
+    """
     work = workload(student, teacher, prompts)
+    stages = (
+        replace(stageplan.traces(teacher, hardware, work), subject=teacher.name),
+        replace(stageplan.checkpoint(student, hardware, work), subject=student.name),
+        replace(stageplan.variants(student, hardware), subject=student.name),
+        replace(stageplan.scores(student, teacher, hardware, benchmarks), subject=student.name),
+    )
     return Plan(
         student=student.name,
         teacher=teacher.name,
         hardware=hardware.name,
         hardware_title=hardware.title,
-        stages=(
-            stageplan.traces(teacher, hardware, work),
-            stageplan.checkpoint(student, hardware, work),
-            stageplan.variants(student, hardware),
-            stageplan.scores(student, teacher, hardware, benchmarks),
-        ),
+        stages=tuple(stage.calibrated(measured, hardware) for stage in stages),
         disk=stageplan.disk(student, teacher),
         disk_free_gib=hardware.disk_gib,
         assumptions=(*work.assumptions, *_assumptions(hardware)),
+    )
+
+
+def of_run(run: Run) -> Plan:
+    """The plan of a run, with what was measured under its home, and what the Hub says of its repositories."""
+    measured = calibration.read(run.home)
+    answer = plan(run.student, run.teacher, run.hardware, run.prompts, run.benchmarks, measured)
+    return replace(answer, access=hub.access(_repositories(run)))
+
+
+def _repositories(run: Run) -> list[tuple[Kind, str]]:
+    """What a run would take from the Hub."""
+    models = [run.student.base, *([run.teacher.model] if isinstance(run.teacher, VllmTeacher) else [])]
+    sources = [*run.prompts.sources, *(bench.source for bench in [*run.benchmarks, *run.held_out])]
+    sources += [run.teacher.source] if isinstance(run.teacher, RecordedTeacher) else []
+    found: list[tuple[Kind, str]] = [("model", one.repo) for one in models if isinstance(one, HubModel)]
+    found += [("dataset", one.repo) for one in sources if isinstance(one, HubSource)]
+    return list(dict.fromkeys(found))
+
+
+def record(run: Run, stage: str, metrics: Mapping[str, Any], seconds: float, peak_gib: float) -> None:
+    """Put down what a stage took beside what was predicted, for the stages that are predicted."""
+    predicted = plan(run.student, run.teacher, run.hardware, run.prompts, run.benchmarks)
+    found = next((each for each in predicted.stages if each.stage == stage), None)
+    rate = metrics.get("tokens_per_second")
+    if found is None or not found.work or (stage == "traces" and rate is None):  # nothing was asked this time
+        return
+    tokens = metrics.get("tokens", metrics.get("completion_tokens"))
+    hours = tokens / found.tokens_per_second / 3600 if tokens and found.tokens_per_second else found.hours
+    reserved = run.hardware.gpus and stage in ("traces", "scores")  # vLLM takes nine tenths of a GPU whatever it needs
+    calibration.append(
+        run.home,
+        Measurement(
+            stage=stage,
+            subject=found.subject,
+            work=found.work,
+            hardware=run.hardware.kind,
+            layout=found.layout,
+            tokens=tokens,
+            predicted_seconds=None if hours is None else round(hours * 3600, 1),
+            seconds=round(seconds, 1),
+            predicted_tokens_per_second=found.tokens_per_second,
+            tokens_per_second=rate,
+            predicted_gib=found.needed_gib or None,
+            gib=None if reserved else round(peak_gib, 2) or None,
+        ),
     )
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from r1distill.pipeline import doctor
 from r1distill.pipeline.plan import Plan
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.runner import Done, Step
@@ -230,3 +232,16 @@ def show_plan(plan: Plan, out: Console, as_json: bool) -> None:
         print(json.dumps(plan.as_dict()))
     else:
         out.print(plan.text(), markup=False)
+
+
+def show_checks(checks: list[doctor.Check], out: Console, as_json: bool) -> None:
+    """What the doctor found, a line each, and the remedy under what is not well."""
+    if as_json:
+        print(json.dumps(doctor.as_dict(checks)))
+        return
+    marks = {"ok": "[green]ok     [/green]", "warning": "[yellow]warning[/yellow]", "failed": "[red]FAILED [/red]"}
+    for check in checks:
+        out.print(f"{marks[check.state]}  {check.name:<15} {escape(check.found)}")
+        if check.remedy:
+            out.print(f"{'':<25}→ {check.remedy}", markup=False)
+    out.print("This machine can run the chain." if doctor.healthy(checks) else "Mend what FAILED first.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 from r1distill.data.config import nearest
 from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.pipeline import calibration, plan
 from r1distill.pipeline.artifact import Artifact, building, find, fingerprint, place, seal
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.stages import STAGES, Stage
@@ -34,6 +36,8 @@ LIBRARIES = [
     "xllamacpp",
     "huggingface-hub",
 ]
+
+log = logging.getLogger(__name__)
 
 LEAST_MIB = 200  # of free disk, or no stage is started
 
@@ -108,7 +112,8 @@ def _build(run: Run, step: Step, partial: Path, inputs: dict[str, Path]) -> Arti
     began = time.monotonic()
     _check_disk(partial)
     try:
-        result = step.stage.build(run, inputs, partial)
+        with calibration.watching(on_gpu=bool(run.hardware.gpus)) as peak:
+            result = step.stage.build(run, inputs, partial)
     except OSError as error:
         raise R1DistillError(
             f"{step.stage.name}: {error}. Nothing was sealed; mend the cause ({shutil.disk_usage(partial).free >> 20} "
@@ -126,7 +131,12 @@ def _build(run: Run, step: Step, partial: Path, inputs: dict[str, Path]) -> Arti
         "seconds": round(time.monotonic() - began, 2),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return seal(partial, step.path, manifest)
+    artifact = seal(partial, step.path, manifest)
+    try:
+        plan.record(run, step.stage.name, result.metrics, manifest["seconds"], peak.gib)
+    except OSError as error:  # the artifact is whole all the same
+        log.warning("what %s took was not put down: %s", step.stage.name, error)
+    return artifact
 
 
 def _check_disk(folder: Path) -> None:

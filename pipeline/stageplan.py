@@ -12,7 +12,8 @@ from typing import Any
 
 from r1distill.data.models import title
 from r1distill.data.settings import Benchmark
-from r1distill.pipeline import estimate, footprint
+from r1distill.pipeline import calibration, estimate, footprint
+from r1distill.pipeline.calibration import Measurement
 from r1distill.pipeline.estimate import Memory, ServingLayout, TrainingJob
 from r1distill.pipeline.footprint import Footprint
 from r1distill.pipeline.hardware import GIB, Hardware
@@ -44,6 +45,8 @@ class StagePlan:
     gpu_hours: float | None = None
     usd: Decimal | None = None
     note: str = ""
+    subject: str = ""  # whose work it is: the student's name, or the teacher's
+    measured: Measurement | None = None  # the last time this was done on such hardware
 
     @property
     def needed_gib(self) -> float:
@@ -61,12 +64,29 @@ class StagePlan:
         """With speed, hours and price; a stage that doesn't fit has none."""
         if not self.fits:
             return self
-        hours = tokens / rate / 3600 if tokens and rate else None
-        gpu_hours = hours * hardware.gpus if hours is not None and hardware.gpus else None
+        answer = replace(self, tokens=tokens, tokens_per_second=rate)
+        return answer.lasting(tokens / rate / 3600, hardware) if tokens and rate else answer
+
+    def lasting(self, hours: float, hardware: Hardware) -> StagePlan:
+        """With hours, and what they cost where the hardware has a price."""
+        gpu_hours = hours * hardware.gpus if hardware.gpus else None
         price, usd = hardware.price_usd_per_gpu_hour, self.usd
         if gpu_hours is not None and price is not None:
             usd = (Decimal(str(gpu_hours)) * price).quantize(Decimal("0.01"))
-        return replace(self, tokens=tokens, tokens_per_second=rate, hours=hours, gpu_hours=gpu_hours, usd=usd)
+        return replace(self, hours=hours, gpu_hours=gpu_hours, usd=usd)
+
+    def calibrated(self, measured: Sequence[Measurement], hardware: Hardware) -> StagePlan:
+        """With what was last measured of this very work on such hardware: its speed takes the prediction's place, and
+        what has run fits."""
+        found = calibration.last(measured, self.stage, self.subject, self.work, hardware.kind)
+        if found is None:
+            return self
+        answer = replace(self, measured=found, fits=True, reason="")
+        if found.tokens_per_second:
+            return answer.at(self.tokens, found.tokens_per_second, hardware)
+        if self.hours and found.predicted_seconds:
+            return answer.lasting(self.hours * found.seconds / found.predicted_seconds, hardware)
+        return answer
 
     def lines(self) -> list[str]:
         """The stage as a person reads it."""
@@ -82,6 +102,7 @@ class StagePlan:
         speed += [f"${self.usd:,}" if self.usd is not None else ""]
         detail += [", ".join(part for part in speed if part)] if any(speed) else []
         detail += [self.note] if self.note else []
+        detail += [f"{self.measured}; the hours are taken from it"] if self.measured else []
         head = f"{self.stage:<12}{'fits' if self.fits else 'DOES NOT FIT'}  {self.work}"
         return [head, *(" " * 12 + line for line in detail), ""]
 

@@ -1,4 +1,4 @@
-"""A gated repository without access is found out before anything starts; the real Hub client asks a Hub of ours."""
+"""A gated repository without access is found out before anything starts, and named by the planner, from a Hub of ours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
+from r1distill.data import hub as the_hub
 
 COMMIT = "a" * 40
 
@@ -82,3 +84,37 @@ def test_access_is_checked_before_anything_starts(hub, tmp_path, repository, cod
     for word in words:
         assert word in done.stdout + done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+WANTED = [("model", "org/gated"), ("model", "org/missing"), ("dataset", "org/open")]
+
+
+def test_the_planner_names_what_this_account_may_not_have(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", hub)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert the_hub.access(WANTED) == {"org/gated": "gated", "org/missing": "missing", "org/open": "granted"}
+
+
+def test_a_granted_account_is_told_so_and_its_token_goes_to_the_hub_alone(hub, monkeypatch):
+    seen = []
+
+    def granted(self):
+        seen.append(self.headers["Authorization"])
+        self._answer(200, {"id": "org/gated", "gated": "auto"})
+
+    monkeypatch.setattr(Hub, "do_GET", granted)
+    monkeypatch.setenv("HF_ENDPOINT", hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_ours")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert the_hub.access([("model", "org/gated")]) == {"org/gated": "granted"}
+    assert seen == ["Bearer hf_ours"] * 2
+
+
+@pytest.mark.parametrize(
+    "variables", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}]
+)
+def test_without_a_network_nothing_is_claimed(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert set(the_hub.access(WANTED).values()) == {"not checked"}
