@@ -194,10 +194,10 @@ def _serving_on_cpu(
 
 def checkpoint(student: Student, hardware: Hardware, work: Workload) -> StagePlan:
     """Training: every device holds all states, or, where that is too much, they are sharded over all GPUs."""
-    lora, context_tokens = student.sft.method.kind == "lora", student.packs.context_tokens
+    lora, context_tokens = student.sft.method.kind != "full", student.packs.context_tokens
     name = f"{'LoRA' if lora else 'full'} training at {context_tokens:,} tokens"
-    tokens_at_once = context_tokens * student.sft.packs_per_batch
-    job = TrainingJob(student.architecture, tokens_at_once, 1, lora, student.sft.gradient_checkpointing)
+    tokens_at_once = context_tokens * (student.sft.launch.packs_per_batch or 1)
+    job = TrainingJob(student.architecture, tokens_at_once, 1, lora, student.sft.launch.checkpointing is not False)
     rejected: list[str] = []
     for layout, memory, available in _training_layouts(job, hardware):
         device = "a GPU" if hardware.gpus else "the machine"
@@ -258,7 +258,7 @@ def disk(student: Student, teacher: Teacher) -> Memory:
     """GiB on one node: what is downloaded and written. A checkpoint of a run under way holds float32 weights and two
     moments, and the last good one is kept while the next is written; variants are counted at a byte a parameter."""
     parameters = student.architecture.parameters
-    states = 0.02 * parameters if student.sft.method.kind == "lora" else 12 * parameters
+    states = 0.02 * parameters if student.sft.method.kind != "full" else 12 * parameters
     model = footprint.of_reference(teacher.model) if isinstance(teacher, VllmTeacher) else None
     return {
         **({"teacher": model.weights_bytes / GIB} if model else {}),

@@ -107,6 +107,7 @@ def dataset(run: Run, inputs: Inputs, out: Path) -> Result:
 
 @stage(
     reads=("dataset",),
+    version=2,
     label=lambda run: run.student.name,
     decides=lambda run: run.identity_of_student("template", "packs"),
 )
@@ -124,9 +125,13 @@ def packs(run: Run, inputs: Inputs, out: Path) -> Result:
 )
 def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
     """The fine-tuned student: full, or LoRA merged."""
-    from r1distill.students import sft
+    from r1distill.students import layout, sft
 
-    return sft.build(run.student, inputs["packs"], out, run.home)
+    machine = run.hardware
+    spread = layout.default(
+        run.student.sft.launch, nodes=machine.nodes, gpus_per_node=machine.gpus_per_node, hosts=machine.hosts
+    )
+    return sft.build(run.student, inputs["packs"], out, run.home, spread)
 
 
 @stage(

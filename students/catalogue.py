@@ -61,10 +61,11 @@ class Architecture(Settings):
 
 
 class Packs(Settings):
-    """How traces become packs of token ids; a trace that is longer than the context is rejected."""
+    """How traces become packs of token ids. A trace that is longer than the context is never cut, since what it would
+    lose is its answer: it is rejected and counted, or nothing is packed."""
 
     context_tokens: int = Field(gt=0)
-    overlong: Literal["drop"] = "drop"
+    overlong: Literal["drop", "refuse"] = "drop"
 
 
 class FullMethod(Settings):
@@ -73,25 +74,47 @@ class FullMethod(Settings):
     kind: Literal["full"]
 
 
-class LoraMethod(Settings):
+class Adapter(Settings):
     """Low-rank updates of all linear layers, and the rows of the renamed tokens in both embeddings."""
 
-    kind: Literal["lora"]
     rank: int = Field(gt=0)
     alpha: int = Field(gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     train_renamed_rows: bool = True  # the rows behind <think> were never trained: left alone they are noise
 
 
-Method = Annotated[FullMethod | LoraMethod, Field(discriminator="kind")]
+class LoraMethod(Adapter):
+    """An adapter on the base as it is."""
+
+    kind: Literal["lora"]
+
+
+class QloraMethod(Adapter):
+    """An adapter on the base in 4 bits (NF4 with double quantisation; arXiv:2305.14314)."""
+
+    kind: Literal["qlora"]
+
+
+Method = Annotated[FullMethod | LoraMethod | QloraMethod, Field(discriminator="kind")]
+
+# transformers' names; ``varlen`` is ours, over torch's own variable-length flash attention.
+Attention = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
 
 
 class Launch(Settings):
-    """How `accelerate launch` starts the training: its processes and any further option, or a file of its own."""
+    """What the user wants of the training's layout; what is left out is chosen for the hardware (``layout.Layout``)."""
 
-    processes: int = Field(1, ge=1)
-    config_file: str | None = None
-    options: dict[str, str | int | bool] = Field({})
+    strategy: Literal["auto", "one", "ddp", "fsdp2", "zero3"] = "auto"
+    nodes: int | None = Field(None, ge=1)
+    processes_per_node: int | None = Field(None, ge=1)
+    sequence_parallel: int | None = Field(None, ge=1)
+    packs_per_batch: int | None = Field(None, ge=1)  # packs that a process computes at once
+    checkpointing: bool | None = None
+    offload_activations: bool | None = None
+    attention: Attention | None = None
+    liger: bool | None = None  # Liger's kernels; null: on GPUs
+    port: int | None = None
+    options: dict[str, str | int | bool] = Field({})  # further options of `accelerate launch`
 
 
 class Sft(Settings):
@@ -108,9 +131,8 @@ class Sft(Settings):
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["bf16_autocast", "float32"] = "bf16_autocast"  # master weights are float32 in both
     seed: int = 0
-    gradient_checkpointing: bool = execution(True)
-    packs_per_batch: int = execution(1, gt=0)  # packs that a process computes at once
     save_steps: int = execution(50, gt=0)
+    tracking: Literal["trackio", "wandb", "tensorboard"] | None = execution(None)
     launch: Launch = execution(Launch())
 
 

@@ -17,27 +17,33 @@ from tqdm import tqdm
 from r1distill.data import models, schema
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.result import Result
-from r1distill.students import worker
-from r1distill.students.catalogue import Launch, LoraMethod, Sft, Student
+from r1distill.students import layout, worker
+from r1distill.students.catalogue import Adapter, Sft, Student
+from r1distill.students.layout import Layout
 
 
-def build(student: Student, packs: Path, out: Path, home: Path) -> Result:
+def build(student: Student, packs: Path, out: Path, home: Path, spread: Layout) -> Result:
     """Train on ``packs`` and write the checkpoint: safetensors, tokenizer, loss.json, loss.png; for LoRA also adapter/.
 
-    Rows are traces. A run that was cut off goes on from its last whole checkpoint, which lies in ``out/.work``.
+    ``spread`` says over which processes. Rows are traces. A run that was cut off goes on from its last whole
+    checkpoint, which lies in ``out/.work``.
     """
     train = schema.read(packs / "train", schema.PACK)
     if not train.num_rows:
         raise RequestError(f"{packs} holds no training packs: every trace was rejected. Its manifest says why.")
     traces = sum(len(row["members"]) for row in schema.rows(train, ["members"]))
+    layout.check_heads(spread, student.architecture)
     job = {
         "student": student.model_dump(mode="json"),
         "base": str(models.materialise(student.base, home)),
         "packs": str(packs),
         "out": str(out),
-        "accumulate": accumulation(student.sft, train.num_rows, traces),
+        "layout": spread.model_dump(mode="json"),
+        "packs_per_step": packs_per_step(student.sft, train.num_rows, traces),
     }
-    launcher = ["accelerate.commands.launch", *launch_arguments(student.sft.launch, len(os.sched_getaffinity(0)))]
+    config = layout.write(spread, student.sft, out / ".work" / "launch")
+    cores = len(os.sched_getaffinity(0))
+    launcher = ["accelerate.commands.launch", *layout.launch_arguments(spread, student.sft.launch, config, 0, cores)]
     told: dict[str, Any] = {}
     with tqdm(desc=f"training {student.name}", unit="step", disable=None, delay=2) as bar:
         for told in worker.run("r1distill.students.sft", job, out / ".work", launcher=launcher):
@@ -49,25 +55,9 @@ def build(student: Student, packs: Path, out: Path, home: Path) -> Result:
     return Result(traces, traces, {}, told["metrics"], unit="traces")
 
 
-def accumulation(sft: Sft, packs: int, traces: int) -> int:
-    """Micro-batches that a process takes a step, so that a step holds ``batch_traces`` traces on average."""
-    return max(1, round(sft.batch_traces * packs / traces / (sft.launch.processes * sft.packs_per_batch)))
-
-
-def launch_arguments(launch: Launch, cores: int) -> list[str]:
-    """The options of `accelerate launch`."""
-    if launch.config_file:
-        return ["--config_file", launch.config_file]
-    options: dict[str, Any] = {
-        "num_processes": launch.processes,
-        "num_machines": 1,
-        "num_cpu_threads_per_process": max(1, cores // launch.processes),  # its default is one
-        "mixed_precision": "no",  # the trainer's settings say it
-        "dynamo_backend": "no",
-        "multi_gpu": launch.processes > 1,
-        **launch.options,
-    }
-    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items() if value is not False]
+def packs_per_step(sft: Sft, packs: int, traces: int) -> int:
+    """Whole packs that hold ``batch_traces`` traces on average: the same for every layout."""
+    return max(1, round(sft.batch_traces * packs / traces))
 
 
 def main(job: dict[str, Any]) -> None:
@@ -79,18 +69,19 @@ def main(job: dict[str, Any]) -> None:
     from r1distill.students import base, trainer
 
     student, out, packs = Student.model_validate(job["student"]), Path(job["out"]), Path(job["packs"])
+    spread = Layout.model_validate(job["layout"])
     checkpoints = out / ".work" / "checkpoints"
     tokenizer = AutoTokenizer.from_pretrained(packs / "tokenizer")
     validation = load_from_disk(str(packs / "validation")) if (packs / "validation").is_dir() else None
     progress = trainer.progress()
     training = trainer.trainer_class()(
         model=base.load(student.architecture, Path(job["base"]), tokenizer, torch.float32),
-        args=trainer.arguments(student.sft, checkpoints, job["accumulate"]),
+        args=trainer.arguments(student.sft, spread, checkpoints, spread.rounds(job["packs_per_step"])),
         train_dataset=load_from_disk(str(packs / "train")),
         eval_dataset=validation or None,
         data_collator=partial(trainer.collate, pad=tokenizer.pad_token_id),
         processing_class=tokenizer,
-        peft_config=trainer.lora(student, tokenizer) if isinstance(student.sft.method, LoraMethod) else None,
+        peft_config=trainer.lora(student, tokenizer) if isinstance(student.sft.method, Adapter) else None,
         callbacks=[progress],
     )
     training.train(resume_from_checkpoint=trainer.last_good(checkpoints))
@@ -110,7 +101,7 @@ def _save(training: Any, student: Student, base: Path, tokenizer: Path, out: Pat
 
     from r1distill.students.merge import merge
 
-    if isinstance(student.sft.method, LoraMethod):
+    if isinstance(student.sft.method, Adapter):
         training.save_model(str(out / "adapter"))
         if training.is_world_process_zero():
             _tidy(out / "adapter", models.title(student.base))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1distill.students import worker
-from r1distill.students.catalogue import LoraMethod, Sft, Student
+from r1distill.students.catalogue import Adapter, Sft, Student
+from r1distill.students.layout import Layout
 from r1distill.students.template import IGNORE, TEMPLATES, renamed_rows
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def trainer_class() -> Any:
     return Trainer
 
 
-def arguments(sft: Sft, folder: Path, accumulate: int) -> SFTConfig:
+def arguments(sft: Sft, layout: Layout, folder: Path, accumulate: int) -> SFTConfig:
     """TRL's settings; the packs are taken as they are."""
     import torch
     from trl import SFTConfig
@@ -93,8 +94,8 @@ def arguments(sft: Sft, folder: Path, accumulate: int) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
         max_length=None,
-        per_device_train_batch_size=sft.packs_per_batch,
-        per_device_eval_batch_size=sft.packs_per_batch,
+        per_device_train_batch_size=layout.packs_per_batch,
+        per_device_eval_batch_size=layout.packs_per_batch,
         gradient_accumulation_steps=accumulate,
         dataloader_pin_memory=torch.cuda.is_available(),
         # optimisation
@@ -109,7 +110,7 @@ def arguments(sft: Sft, folder: Path, accumulate: int) -> SFTConfig:
         max_grad_norm=sft.max_grad_norm,
         optim="adamw_torch_fused",
         bf16=sft.precision == "bf16_autocast",
-        gradient_checkpointing=sft.gradient_checkpointing,
+        gradient_checkpointing=layout.checkpointing,
         seed=sft.seed,
         use_cpu=not torch.cuda.is_available(),
         # checkpoints and reports
@@ -127,7 +128,7 @@ def lora(student: Student, tokenizer: PreTrainedTokenizerFast) -> LoraConfig:
     from peft import LoraConfig
 
     method = student.sft.method
-    assert isinstance(method, LoraMethod)
+    assert isinstance(method, Adapter)
     rows = renamed_rows(TEMPLATES[student.template], tokenizer) if method.train_renamed_rows else []
     places = ["embed_tokens"] if student.architecture.tied else ["embed_tokens", "lm_head"]
     return LoraConfig(

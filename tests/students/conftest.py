@@ -130,7 +130,7 @@ def tiny_student(tiny_base: Path) -> Student:
                 "epochs": 2,
                 "batch_traces": 4,
                 "precision": "float32",
-                "gradient_checkpointing": False,
+                "launch": {"checkpointing": False},
                 "save_steps": 2,
             },
             "benchmarks": ["arithmetic"],

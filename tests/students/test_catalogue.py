@@ -80,7 +80,12 @@ def test_execution_settings_stay_out_of_the_identity() -> None:
         "students",
         "smollm2-135m",
         Student,
-        {"sft.save_steps": 7, "sft.gradient_checkpointing": True, "sft.launch.processes": 2, "sft.packs_per_batch": 1},
+        {
+            "sft.save_steps": 7,
+            "sft.launch.checkpointing": True,
+            "sft.launch.processes_per_node": 2,
+            "sft.tracking": "wandb",
+        },
     )
     assert plain.identity() == other.identity()
     assert plain.identity() != load("students", "smollm2-135m", Student, {"sft.epochs": 3}).identity()

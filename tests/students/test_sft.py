@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.students import packing, sft, trainer, worker
+from r1distill.students import layout, packing, sft, trainer, worker
 from r1distill.students.catalogue import Student
 
 R1_USED = (151646, 151644, 151645, 151648, 151649, 151643)  # BOS, user, assistant, <think>, </think>, EOS
@@ -36,7 +36,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory):
 
 def trained(student: Student, packs: Path, out: Path):
     (out / ".work").mkdir(parents=True, exist_ok=True)
-    return sft.build(student, packs, out, out / "home")
+    return sft.build(student, packs, out, out / "home", layout.default(student.sft.launch))
 
 
 def test_training_lowers_the_loss_and_ships_a_whole_checkpoint(tiny_student, sums_dataset, packs, tmp_path) -> None:
@@ -72,8 +72,10 @@ def test_killed_training_resumes_and_ends_in_the_same_weights(tiny_student, sums
     out = tmp_path / "killed"
     (out / ".work").mkdir(parents=True)
     code = (
-        "import sys, pathlib\nfrom r1distill.students import sft\nfrom r1distill.students.catalogue import Student\n"
-        "a = sys.argv\nsft.build(Student.model_validate_json(a[1]), *map(pathlib.Path, a[2:]))"
+        "import sys, pathlib\nfrom r1distill.students import layout, sft\n"
+        "from r1distill.students.catalogue import Student\n"
+        "a = sys.argv\ns = Student.model_validate_json(a[1])\n"
+        "sft.build(s, *map(pathlib.Path, a[2:]), layout.default(s.sft.launch))"
     )
     command = [sys.executable, "-c", code, slow.model_dump_json(), str(folder), str(out), str(out / "home")]
     caller = subprocess.Popen(command)
@@ -217,18 +219,9 @@ def test_a_failing_worker_says_why(tmp_path) -> None:
         list(worker.run("r1distill.students.sft", {"nothing": 1}, tmp_path))
 
 
-def test_launch_options_are_known_to_accelerate(tmp_path) -> None:
-    from accelerate.commands.launch import launch_command_parser
-
-    from r1distill.data.config import load, names
-
-    for name in names("students"):
-        arguments = sft.launch_arguments(load("students", name, Student).sft.launch, cores=16)
-        parsed = launch_command_parser().parse_args([*arguments, "-m", "module", "job"])
-        assert parsed.num_processes >= 1 and parsed.module
-
-
-def test_accumulation_gives_the_batch_that_was_asked_for(tiny_student) -> None:
+def test_a_step_holds_the_traces_that_were_asked_for(tiny_student) -> None:
     student = tiny_student.sft.model_copy(update={"batch_traces": 64})
-    assert sft.accumulation(student, packs=131_340, traces=804_745) == 10  # 804,745 traces of 5,355 tokens in 32k packs
-    assert sft.accumulation(student, packs=10, traces=10_000) == 1
+    assert (
+        sft.packs_per_step(student, packs=131_340, traces=804_745) == 10
+    )  # 804,745 traces of 5,355 tokens in 32k packs
+    assert sft.packs_per_step(student, packs=10, traces=10_000) == 1
