@@ -105,7 +105,7 @@ PACK = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),  # -100 where no loss is taken
         ("seq_lengths", pa.list_(pa.int32())),  # lengths of the members, in order; they sum to len(input_ids)
-        ("members", pa.list_(pa.struct([("prompt_id", _TEXT), ("sample", _INT)]))),
+        ("members", pa.list_(pa.struct([("prompt_id", _TEXT), ("sample", _INT), ("domain", _TEXT)]))),
     ]
 )
 
@@ -113,9 +113,9 @@ PACK = pa.schema(
 class TableWriter:
     """Writes rows of one schema into ``folder``; see ``writing``."""
 
-    def __init__(self, folder: Path, schema: pa.Schema):
+    def __init__(self, folder: Path, schema: pa.Schema, rows_per_batch: int = ROWS_PER_BATCH):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.schema, self.rows = folder, schema, 0
+        self.folder, self.schema, self.rows, self.rows_per_batch = folder, schema, 0, rows_per_batch
         self._pending: list[Mapping[str, Any]] = []
         self._stream = pa.ipc.new_stream(str(folder / DATA_FILE), schema)
 
@@ -125,7 +125,7 @@ class TableWriter:
             odd = sorted(set(row) ^ set(self.schema.names))
             raise R1DistillError(f"a row for {self.folder} has other columns than its schema: {', '.join(odd)}")
         self._pending.append(row)
-        if len(self._pending) >= ROWS_PER_BATCH:
+        if len(self._pending) >= self.rows_per_batch:
             self._flush()
 
     def _flush(self) -> None:
@@ -141,9 +141,9 @@ class TableWriter:
 
 
 @contextmanager
-def writing(folder: Path, schema: pa.Schema) -> Iterator[TableWriter]:
+def writing(folder: Path, schema: pa.Schema, rows_per_batch: int = ROWS_PER_BATCH) -> Iterator[TableWriter]:
     """Open ``folder`` for writing rows; the table is complete when the block ends without an exception."""
-    writer = TableWriter(folder, schema)
+    writer = TableWriter(folder, schema, rows_per_batch)
     try:
         yield writer
     except BaseException:
@@ -167,15 +167,34 @@ def read(folder: Path, schema: pa.Schema) -> pa.Table:
         with pa.memory_map(str(file)) as source:
             table = pa.ipc.open_stream(source).read_all()
     except (OSError, pa.ArrowInvalid) as error:
-        raise R1DistillError(
-            f"{file} can't be read as an Arrow table ({error}). Delete its artifact folder and run again to rebuild it."
-        ) from error
+        raise _damaged(file, error) from error
     if not table.schema.equals(schema):
         raise R1DistillError(
             f"{file} has another schema than this version expects.\nexpected: {schema}\nfound: {table.schema}\n"
             "Delete its artifact folder and run again to rebuild it."
         )
     return table
+
+
+def _damaged(file: Path, error: Exception) -> R1DistillError:
+    return R1DistillError(
+        f"{file} can't be read as an Arrow table ({error}). Delete its artifact folder and run again to rebuild it."
+    )
+
+
+def stream(folder: Path, schema: pa.Schema, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The table in ``folder`` batch by batch, read and forgotten: a memory map would count every page it has touched.
+
+    Raises as ``read`` does.
+    """
+    read(folder, schema)
+    file = folder / DATA_FILE
+    try:
+        with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as batches:
+            for batch in batches:
+                yield batch.select(columns)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _damaged(file, error) from error
 
 
 def rows(table: pa.Table, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:

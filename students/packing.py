@@ -3,89 +3,60 @@
 from __future__ import annotations
 
 import bisect
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import numpy as np
 from tqdm import tqdm
 
 from r1distill.data import models, schema
+from r1distill.data.errors import RequestError
 from r1distill.data.result import Result
 from r1distill.students.catalogue import Student
-from r1distill.students.template import IGNORE, TEMPLATES, TOKENIZER_FILES, Unusable, encode, write_tokenizer
+from r1distill.students.template import IGNORE, TEMPLATES, TOKENIZER_FILES, write_tokenizer
+from r1distill.students.tokens import Tokens, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "validation")
 EXAMPLES = 3
-
-# One tokenised trace, kept until it is packed.
-_ENCODED = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("prompt_id", pa.string()),
-        ("sample", pa.int64()),
-    ]
-)
-
-
-@dataclass
-class Tally:
-    """What became of the rows of all splits."""
-
-    read: int = 0
-    kept: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+PACKS_PER_BATCH = 32  # that are written at once: 8 MiB of ids and labels at 32,768 tokens
 
 
 def build(student: Student, dataset: Path, out: Path, home: Path) -> Result:
     """Write train and validation packs, the tokenizer to ship, and a few members' exact text; rows are traces."""
     base = models.materialise(student.base, home, files=TOKENIZER_FILES)
-    tokenizer = write_tokenizer(
-        TEMPLATES[student.template], base, out / "tokenizer", max_tokens=student.architecture.max_position
-    )
-    tally, examples = Tally(), []
+    template, limit = TEMPLATES[student.template], student.packs.context_tokens
+    tokenizer = write_tokenizer(template, base, out / "tokenizer", max_tokens=student.architecture.max_position)
+    read, kept, rejected, splits = 0, 0, Counter[str](), {}
+    examples: list[str] = []
     for split in SPLITS:
         if not (dataset / split).is_dir():
             continue
-        encoded = out / ".work" / split
-        shutil.rmtree(encoded, ignore_errors=True)
-        with schema.writing(encoded, _ENCODED) as writer:
-            for row in _encoded(student, tokenizer, schema.read(dataset / split, schema.TRAINING_ROW), split, tally):
-                writer.append(row)
-        packs = _write_packs(schema.read(encoded, _ENCODED), student.packs.context_tokens, out / split)
-        tally.splits[split] = _measure(packs, student.packs.context_tokens)
-        examples += [show(tokenizer, row, 0) for row in schema.rows(packs.slice(0, EXAMPLES))]
-    schema.write_splits(out, list(tally.splits))
+        tokens = tokenise(template, tokenizer, dataset / split, out / ".work" / split, limit, split)
+        _check_overlong(student, tokens)
+        splits[split], first = _write_packs(tokens, limit, out / split)
+        read, kept = read + tokens.read, kept + len(tokens.lengths)
+        rejected.update(tokens.rejected)
+        examples += [show(tokenizer, row, 0) for row in first]
+        tokens.close()
+    schema.write_splits(out, list(splits))
     (out / "examples.txt").write_text("\n\n".join(examples) + "\n", encoding="utf-8")
-    return Result(tally.read, tally.kept, dict(tally.rejected), tally.splits, unit="traces")
+    return Result(read, kept, dict(rejected), splits, unit="traces")
 
 
-def _encoded(
-    student: Student, tokenizer: PreTrainedTokenizerFast, table: pa.Table, split: str, tally: Tally
-) -> Iterator[dict[str, Any]]:
-    template, limit = TEMPLATES[student.template], student.packs.context_tokens
-    columns = ["prompt_id", "sample", "messages"]
-    for row in tqdm(schema.rows(table, columns), total=table.num_rows, desc=f"tokens {split}", disable=None, delay=2):
-        tally.read += 1
-        try:
-            ids, labels = encode(template, tokenizer, row["messages"])
-        except Unusable as reason:
-            tally.rejected[str(reason)] += 1
-            continue
-        if len(ids) > limit:
-            tally.rejected[f"longer than {limit:,} tokens"] += 1
-            continue
-        tally.kept += 1
-        yield {"input_ids": ids, "labels": labels, "prompt_id": row["prompt_id"], "sample": row["sample"]}
+def _check_overlong(student: Student, tokens: Tokens) -> None:
+    """Raise RequestError where a trace is too long and the student's file wants none lost."""
+    if student.packs.overlong == "refuse" and tokens.longest_rejected:
+        limit = student.packs.context_tokens
+        raise RequestError(
+            f"packs.overlong is 'refuse', and {tokens.rejected[f'longer than {limit:,} tokens']:,} of {tokens.read:,} "
+            f"traces are longer than {limit:,} tokens (the longest {tokens.longest_rejected:,}). Raise "
+            "student.packs.context_tokens, or say student.packs.overlong=drop."
+        )
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -96,8 +67,11 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     bins: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # free tokens -> bins with that much room
     rooms: list[int] = []  # the keys of by_room, sorted
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(rooms, lengths[index])
+    sizes = np.asarray(lengths)
+    for index, size in zip(
+        *((order := np.argsort(-sizes, kind="stable")).tolist(), sizes[order].tolist()), strict=True
+    ):
+        place = bisect.bisect_left(rooms, size)
         if place == len(rooms):
             room, target = capacity, len(bins)
             bins.append([])
@@ -107,7 +81,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
             if not by_room[room]:
                 del by_room[room], rooms[place]
         bins[target].append(index)
-        left = room - lengths[index]
+        left = room - size
         if left not in by_room:
             by_room[left] = []
             bisect.insort(rooms, left)
@@ -115,39 +89,26 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
-def _write_packs(encoded: pa.Table, capacity: int, out: Path) -> pa.Table:
-    encoded = encoded.combine_chunks()
-    lengths = pc.list_value_length(encoded["input_ids"]).to_pylist()
-    schema.write(out, schema.PACK, (_pack(encoded, members) for members in best_fit_decreasing(lengths, capacity)))
-    return schema.read(out, schema.PACK)
-
-
-def _pack(encoded: pa.Table, members: Sequence[int]) -> dict[str, Any]:
-    rows = [{name: encoded[name][index].as_py() for name in encoded.schema.names} for index in members]
+def _write_packs(tokens: Tokens, capacity: int, out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write the packs and return their measures and the first of them."""
+    bins = best_fit_decreasing(tokens.lengths, capacity)
+    first: list[dict[str, Any]] = []
+    with schema.writing(out, schema.PACK, PACKS_PER_BATCH) as writer:
+        for members in tqdm(bins, desc=f"packs {out.name}", unit="pack", disable=None, delay=2):
+            pack = tokens.pack(members)
+            writer.append(pack)
+            if len(first) < EXAMPLES:
+                first.append(pack)
+    total = int(tokens.lengths.sum(dtype=np.int64))
     return {
-        "input_ids": [token for row in rows for token in row["input_ids"]],
-        "labels": [label for row in rows for label in row["labels"]],
-        "seq_lengths": [len(row["input_ids"]) for row in rows],
-        "members": [{"prompt_id": row["prompt_id"], "sample": row["sample"]} for row in rows],
-    }
-
-
-def _measure(packs: pa.Table, capacity: int) -> dict[str, Any]:
-    traces = tokens = targets = longest = 0
-    for row in schema.rows(packs):
-        traces += len(row["members"])
-        tokens += len(row["input_ids"])
-        targets += sum(label != IGNORE for label in row["labels"])
-        longest = max(longest, *row["seq_lengths"])
-    filled = tokens / (packs.num_rows * capacity) if packs.num_rows else 0.0
-    return {
-        "packs": packs.num_rows,
-        "traces": traces,
-        "tokens": tokens,
-        "target_tokens": targets,
-        "longest_tokens": longest,
-        "filled": round(filled, 4),
-    }
+        "packs": len(bins),
+        "traces": len(tokens.lengths),
+        "tokens": total,
+        "target_tokens": total - int(tokens.prefixes.sum(dtype=np.int64)),
+        "mean_tokens": round(total / len(tokens.lengths), 1) if bins else 0.0,
+        "longest_tokens": int(tokens.lengths.max()) if bins else 0,
+        "filled": round(total / (len(bins) * capacity), 6) if bins else 0.0,
+    }, first
 
 
 def member(pack: dict[str, Any], number: int) -> tuple[list[int], list[int]]:

@@ -61,6 +61,22 @@ class Template:
         """What follows the prefix: thinking (empty where there was none), response, end token."""
         return f"{message['thinking'] or ''}\n{CLOSE}\n\n{message['content'] or ''}{self.end}"
 
+    def texts(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """(prefix, target) of a conversation whose last turn is the target.
+
+        Raises Unusable for one without a target, or with control tokens inside its texts.
+        """
+        if not messages or messages[-1]["role"] != "assistant":
+            raise Unusable("no assistant turn at the end")
+        if not (messages[-1]["content"] or messages[-1]["thinking"]):
+            raise Unusable("empty target")
+        controls = self.controls
+        for message in messages:
+            for text in (message["content"], message["thinking"]):
+                if text and any(mark in text for mark in controls):
+                    raise Unusable("control token inside the text")
+        return self.prefix(messages[:-1]), self.target(messages[-1])
+
     @property
     def controls(self) -> tuple[str, ...]:
         """The strings that structure a conversation and must not occur inside its texts."""
@@ -145,16 +161,7 @@ def encode(
 
     Raises Unusable for a conversation without target, or with control tokens inside its texts.
     """
-    if not messages or messages[-1]["role"] != "assistant":
-        raise Unusable("no assistant turn at the end")
-    if not (messages[-1]["content"] or messages[-1]["thinking"]):
-        raise Unusable("empty target")
-    for message in messages:
-        for text in (message["content"], message["thinking"]):
-            if text and any(mark in text for mark in template.controls):
-                raise Unusable("control token inside the text")
-    before = tokenizer.encode(template.prefix(messages[:-1]), add_special_tokens=False)
-    after = tokenizer.encode(template.target(messages[-1]), add_special_tokens=False)
+    before, after = (tokenizer.encode(text, add_special_tokens=False) for text in template.texts(messages))
     return before + after, [IGNORE] * len(before) + after
 
 
