@@ -3,7 +3,7 @@
 An answer counts once it is on the disk: it is committed, and synced, as it arrives; those that arrive while the disk is
 busy share the next commit. What the ledger keeps is the raw body; trace rows are read from it again and again. Only an
 exchange that failed is ever asked again, so a completed one is never overwritten. Several machines write a part each,
-and ``merge`` brings the parts together.
+and ``merge`` brings the parts together. What an exchange cost stays on the account when another takes its place.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from filelock import FileLock, Timeout
 
 from r1distill.data.errors import R1DistillError, RequestError
 
-VERSION = 2  # 1 had bodies by zlib alone
-READABLE = (0, 1, VERSION)  # 0: a new file
+VERSION = 3  # 1 had bodies by zlib alone, 2 no table of what was replaced
+READABLE = (0, 1, 2, VERSION)  # 0: a new file
 FILE = "ledger.sqlite"
 ZSTD = b"\x28\xb5\x2f\xfd"  # how its frames begin
 ROWS_A_STATEMENT = 64  # the interpreter's lock changes hands once a statement, which is what a busy client waits for
@@ -60,6 +60,7 @@ class Exchange:
 
 COLUMNS = [field.name for field in fields(Exchange)]
 REPLACE = f"ON CONFLICT (key) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in COLUMNS[1:])}"
+PAID = ("key", "created_at", "scope", "cost_usd")  # of an exchange; the first two tell it from every other
 # Whoever merges, and in whatever order: of two exchanges the answer wins, then the newer, then one of them for good.
 RANK = "({0}.state != 'failed', {0}.created_at, ifnull({0}.body, x''), {0}.request)"
 
@@ -80,6 +81,8 @@ class Ledger:
         with self._explained():
             folder.mkdir(parents=True, exist_ok=True)
             # Two that make the file at once would find it locked, however long they are willing to wait.
+            if part is not None and (folder / FILE).is_file():
+                Ledger(folder).__exit__()  # brought to this version
             with FileLock(folder / f".{self.file.name}.lock"):
                 self._db = self._connect()
                 self._db.execute("PRAGMA journal_mode = WAL")
@@ -140,6 +143,12 @@ class Ledger:
                     "WHERE exchanges.state = 'failed'",
                     [value for one in some for value in one.values()],
                 )
+            paid = [{name: one[name] for name in PAID} for one in rows if one["cost_usd"] is not None]
+            self._db.executemany(
+                "INSERT OR IGNORE INTO replaced SELECT :key, :created_at, :scope, :cost_usd WHERE NOT EXISTS "
+                "(SELECT 1 FROM exchanges WHERE key = :key AND created_at = :created_at)",
+                paid,
+            )
 
     def keep(self, exchange: Exchange) -> Future[None]:
         """``put`` in a thread of its own, with all that has come while the disk was busy; done once it is on the disk.
@@ -155,14 +164,16 @@ class Ledger:
         return done
 
     def spent_usd(self, scope: str) -> Decimal:
-        """What a model with its settings has cost so far."""
+        """What a model with its settings has cost so far, with what failed and was asked again."""
+        query = " UNION ALL ".join(
+            f"SELECT key, created_at, cost_usd FROM {table} WHERE scope = ?1 AND cost_usd IS NOT NULL"
+            for table in ("exchanges", "replaced")
+        )
         with self._explained():
-            query = "SELECT key, cost_usd FROM exchanges WHERE scope = ? AND cost_usd IS NOT NULL"
+            paid = (row for db in self._readings for row in db.execute(query, (scope,)))
             if len(self._readings) == 1:
-                return sum((Decimal(cost) for _, cost in self._readings[0].execute(query, (scope,))), Decimal(0))
-            costs = {
-                key: cost for db in self._readings for key, cost in db.execute(query, (scope,))
-            }  # merged or not yet
+                return sum((Decimal(cost) for _, _, cost in paid), Decimal(0))
+            costs = {(key, created_at): cost for key, created_at, cost in paid}  # merged or not yet
             return sum(map(Decimal, costs.values()), Decimal(0))
 
     @contextmanager
@@ -204,6 +215,15 @@ class Ledger:
                 "cost_usd TEXT, created_at TEXT NOT NULL)"
             )
             self._db.execute("CREATE INDEX IF NOT EXISTS costs ON exchanges (scope) WHERE cost_usd IS NOT NULL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS replaced (key TEXT, created_at TEXT, scope TEXT NOT NULL, "
+                "cost_usd TEXT NOT NULL, PRIMARY KEY (key, created_at)) WITHOUT ROWID"
+            )
+            self._db.execute(
+                "CREATE TRIGGER IF NOT EXISTS costs_stay AFTER UPDATE ON exchanges "
+                "WHEN old.cost_usd IS NOT NULL AND old.created_at != new.created_at BEGIN "
+                f"INSERT OR IGNORE INTO replaced VALUES ({', '.join(f'old.{name}' for name in PAID)}); END"
+            )
             self._db.execute(f"PRAGMA user_version = {VERSION}")
 
     @contextmanager
@@ -275,6 +295,7 @@ def merge(into: Ledger, parts: Iterable[Path]) -> int:
             if (version := db.execute("PRAGMA part.user_version").fetchone()[0]) not in READABLE[1:]:
                 raise R1DistillError(f"{part} has format {version}, not a ledger's that can be merged ({VERSION}).")
             last = db.execute("SELECT ifnull(max(rowid), 0) FROM part.exchanges").fetchone()[0]
+            paid = f"INSERT OR IGNORE INTO replaced SELECT {', '.join(PAID)} FROM part."
             for start in range(0, last, ROWS_A_COMMIT):
                 query = (
                     f"INSERT INTO exchanges SELECT {', '.join(COLUMNS)} FROM part.exchanges AS new "
@@ -282,6 +303,13 @@ def merge(into: Ledger, parts: Iterable[Path]) -> int:
                     f"WHERE {RANK.format('excluded')} > {RANK.format('exchanges')}"
                 )
                 got += db.execute(query, (start, start + ROWS_A_COMMIT)).rowcount
+                lost = (
+                    f"{paid}exchanges AS new WHERE new.rowid > ? AND new.rowid <= ? AND cost_usd IS NOT NULL AND NOT "
+                    "EXISTS (SELECT 1 FROM exchanges AS e WHERE e.key = new.key AND e.created_at = new.created_at)"
+                )
+                db.execute(lost, (start, start + ROWS_A_COMMIT))
+            if version == VERSION:
+                db.execute(f"{paid}replaced")
     return got
 
 

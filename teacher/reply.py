@@ -106,21 +106,25 @@ class Outcome:
     limited   the same again, after ``wait_seconds`` where the server says so; all others wait too
     hopeless  the same again would get the same: this request failed
     stop      every other request would get the same: an account, a key or a model's name is wrong
+
+    ``usage`` are the tokens, (prompt, completion), that are charged for it: also for an answer that can't be used.
     """
 
     kind: Literal["settled", "retry", "limited", "hopeless", "stop"]
     error: str | None = None
     reply: Reply | None = None
     wait_seconds: float | None = None
+    usage: tuple[int, int] = (0, 0)
 
 
 def outcome(status: int, headers: Mapping[str, str], body: bytes, opens_thinking: bool = False) -> Outcome:
     """Decide what an HTTP answer means; never raises. ``headers`` don't mind the case of a name."""
     if status == 200:
         try:
-            return Outcome("settled", reply=Reply.read(body, opens_thinking))
+            reply = Reply.read(body, opens_thinking)
         except ValueError as error:
-            return Outcome("retry", f"an answer that can't be used: {error}")
+            return Outcome("retry", f"an answer that can't be used: {error}", usage=_usage(body))
+        return Outcome("settled", reply=reply, usage=(reply.prompt_tokens or 0, reply.completion_tokens or 0))
     message = f"HTTP {status}: {_message(body)}"
     wait = _retry_after(headers.get("retry-after"))
     if status == 429 or (status == 503 and wait is not None):
@@ -161,6 +165,15 @@ def _tokens(usage: Any) -> dict[str, int | None]:
     found = {**usage, **(details if isinstance(details, dict) else {})}
     names = ("prompt_tokens", "reasoning_tokens", "completion_tokens")
     return {name: n if type(n := found.get(name)) is int and 0 <= n < 2**63 else None for name in names}
+
+
+def _usage(body: bytes) -> tuple[int, int]:
+    """Tokens of the question and of the answer, as far as the server says."""
+    try:
+        tokens = _tokens(_parse(body).get("usage"))
+    except ValueError:
+        return 0, 0
+    return tokens["prompt_tokens"] or 0, tokens["completion_tokens"] or 0
 
 
 def _sum(one: int | None, other: int | None) -> int | None:

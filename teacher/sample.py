@@ -216,7 +216,10 @@ class _Asker:
             self._answer.set()
 
     async def _exchange(self, call: Call) -> Decimal:
-        """Ask until there is something to keep, and keep it; or until everything has to stop. Returns what it cost."""
+        """Ask until there is something to keep, and keep it; or until everything has to stop. Returns what it cost.
+
+        An answer that can't be used and is charged for is kept as failed at once: its cost stays on the account.
+        """
         attempt, limited, began, place = 1, 0, time.monotonic(), None
         body = self.order.body(call, self.endpoint.model)
         while (turn := await self._turn(call, place)) is not None:
@@ -231,11 +234,15 @@ class _Asker:
                 break
             patient = time.monotonic() - began < self.client.timeout_seconds
             again = patient if got.kind == "limited" else got.kind == "retry" and attempt < self.client.attempts
-            if not again:
-                exchange = self._to_keep(call.key, body, got, raw, attempt, time.monotonic() - sent)
+            exchange = self._to_keep(call.key, body, got, raw, attempt, time.monotonic() - sent)
+            cost_usd = Decimal(exchange.cost_usd or 0)
+            again = again and self._budget.reserve(cost_usd)
+            if cost_usd or not again:
                 await asyncio.wrap_future(self.ledger.keep(exchange))
+            if not again:
                 self._count(call, exchange, got.reply)
-                return Decimal(exchange.cost_usd or 0)
+                return cost_usd
+            self._budget.spend(cost_usd, cost_usd)
             backoff = min(self.client.backoff_seconds * 2 ** (attempt + limited - 1), LONGEST_BACKOFF_SECONDS)
             wait = backoff * random.uniform(0.5, 1.5) if got.wait_seconds is None else got.wait_seconds
             if got.kind == "limited":
@@ -309,8 +316,8 @@ class _Asker:
             body=raw if got.reply else None,
             attempts=attempts,
             seconds=round(seconds, 3),
-            cost_usd=self._cost(got.reply) if got.reply else None,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            cost_usd=self._cost(got),
+            created_at=datetime.now(UTC).isoformat(),
         )
 
     def _count(self, call: Call, exchange: Exchange, reply: Reply | None) -> None:
@@ -349,11 +356,11 @@ class _Asker:
         self._stopping.set()
         self._answer.set()
 
-    def _cost(self, reply: Reply) -> str | None:
-        price = self.endpoint.price
-        if price is None:
+    def _cost(self, got: Outcome) -> str | None:
+        price, (prompt_tokens, completion_tokens) = self.endpoint.price, got.usage
+        if price is None or not (got.reply or any(got.usage)):
             return None
-        cost = price.input * (reply.prompt_tokens or 0) + price.output * (reply.completion_tokens or 0)
+        cost = price.input * prompt_tokens + price.output * completion_tokens
         return str((cost / 1_000_000).quantize(COST_STEP))
 
     def _safe(self, text: str) -> str:

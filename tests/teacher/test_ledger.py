@@ -53,6 +53,48 @@ def test_costs_add_up_exactly_and_by_scope(ledger):
     assert ledger.spent_usd("unknown") == 0
 
 
+def paid(key, when, cost, state="failed", scope="s"):
+    body = None if state == "failed" else when.encode()
+    return replace(EXCHANGE, key=key, scope=scope, state=state, body=body, cost_usd=cost, created_at=when)
+
+
+def test_what_was_paid_stays_on_the_account_when_another_answer_takes_its_place(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        ledger.put(paid("a", "1", "0.1"))
+        ledger.put(paid("a", "2", "0.2"))
+        ledger.put(paid("a", "3", "0.4", "done"))
+        assert ledger.spent_usd("s") == Decimal("0.7")
+        ledger.put(paid("a", "4", "0.8", "done"))  # comes too late: the answer stays, and this was paid too
+        ledger.put(paid("a", "4", "0.8", "done"))
+        ledger.put(paid("b", "1", "5", scope="t"))
+        assert ledger.get("a").created_at == "3"
+    with Ledger(tmp_path) as ledger, Ledger(tmp_path, "1") as part:
+        assert ledger.spent_usd("s") == part.spent_usd("s") == Decimal("1.5")
+        assert ledger.spent_usd("t") == 5
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2, 1, 0)])
+def test_the_losers_of_a_merge_stay_on_the_account_in_any_order(tmp_path, order):
+    for name, rows in (
+        ("1", [paid("a", "1", "0.1"), paid("a", "2", "0.2", "done"), paid("b", "1", "1", "done")]),
+        ("2", [paid("a", "3", "0.4", "done"), paid("b", "2", "2")]),
+        ("3", [paid("a", "4", "0.8"), paid("c", "1", None, "done")]),
+    ):
+        with Ledger(tmp_path, name) as part:
+            for row in rows:
+                part.put(row)
+    parts = [tmp_path / f"ledger-{name}.sqlite" for name in "123"]
+    with Ledger(tmp_path / "into") as into:
+        merge(into, [parts[place] for place in order])
+        assert into.spent_usd("s") == Decimal("4.5")
+        merge(into, parts)
+        assert into.spent_usd("s") == Decimal("4.5")
+        assert into.get("a").created_at == "3"
+    with Ledger(tmp_path / "beyond") as beyond:
+        merge(beyond, [into.file, *parts])
+        assert beyond.spent_usd("s") == Decimal("4.5")
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -126,6 +168,12 @@ def test_the_first_format_is_read_and_written_on(tmp_path):
         ledger.put(EXCHANGE)
         ledger._db.execute("UPDATE exchanges SET body = ?", (zlib.compress(EXCHANGE.body),))
         ledger._db.execute("PRAGMA user_version = 1")
+        ledger._db.execute("DROP TRIGGER costs_stay")
+        ledger._db.execute("DROP TABLE replaced")
+    with Ledger(tmp_path / "into") as into:
+        assert merge(into, [ledger.file]) == 1
+    with Ledger(tmp_path, "1") as part:
+        assert part.spent_usd("s") == Decimal("0.001")
     with Ledger(tmp_path) as ledger:
         ledger.put(replace(EXCHANGE, key="new"))
         assert ledger.get("k") == EXCHANGE
@@ -253,7 +301,7 @@ def test_a_damaged_file_and_another_format_are_told(tmp_path):
     file.unlink()
     with Ledger(tmp_path) as ledger:
         ledger._db.execute("PRAGMA user_version = 99")
-    with pytest.raises(R1DistillError, match="has format 99, this version of r1distill reads 2"):
+    with pytest.raises(R1DistillError, match="has format 99, this version of r1distill reads 3"):
         Ledger(tmp_path)
 
 

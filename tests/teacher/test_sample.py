@@ -277,6 +277,25 @@ def test_a_budget_is_never_overdrawn_and_its_end_is_told(fake, ledger, order, cl
     assert {row["cost_usd"] for row in rows(wanted, ledger)} == {Decimal("0.02")}
 
 
+def test_answers_that_cant_be_used_are_paid_for_too_and_count_for_the_budget(fake, ledger, order, client, chat):
+    price = Price(input=Decimal(0), output=Decimal(1000))  # 20 tokens: 0.02 USD; 100, which an answer may have: 0.1
+    cut_short = chat(finish_reason="insufficient_system_resource")
+    fake.scripts = {"a": [cut_short] * 3, "b": [cut_short] * 99}
+    wanted = order(["a", "b"])
+    ask(wanted, fake.endpoint(price=price, budget_usd=Decimal(1)), ledger, client)
+    assert states(wanted, ledger) == ["done", "failed"]
+    assert fake.asked == {"a": 4, "b": 4}
+    assert ledger.spent_usd(wanted.scope) == Decimal("0.16")
+    fake.scripts["b"] = []
+    ask(wanted, fake.endpoint(price=price, budget_usd=Decimal(1)), ledger, client)
+    assert ledger.spent_usd(wanted.scope) == Decimal("0.18")
+    fake.scripts = {"c": [cut_short] * 99}
+    with pytest.raises(R1DistillError, match="is used up"):
+        ask(order(["c", "d"]), fake.endpoint(price=price, budget_usd=Decimal("0.3")), ledger, client)
+    assert ledger.spent_usd(wanted.scope) <= Decimal("0.3")
+    assert not ledger.settled(order(["c"]).key(order(["c"]).requests[0]))
+
+
 def test_costs_are_rounded_to_what_the_table_holds(fake, ledger, order, client):
     price = Price(input=Decimal("0.0351"), output=Decimal("0.0777"))
     ask(order(["a"]), fake.endpoint(price=price), ledger, client)
