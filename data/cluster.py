@@ -55,6 +55,14 @@ def cores() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def gpus(address: str) -> tuple[int, int]:
+    """How many GPUs the cluster at ``address`` has free, and how many in all. Raises what ``connected`` does."""
+    with connected(address):
+        import ray
+
+        return int(ray.available_resources().get("GPU", 0)), int(ray.cluster_resources().get("GPU", 0))
+
+
 def ordered(function: Callable[..., R], batches: Iterable[A], *arguments: Any) -> Iterator[R]:
     """Yield function(batch, *arguments) of every batch, in order, each run by a worker of the connected cluster.
 

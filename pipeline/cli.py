@@ -150,6 +150,10 @@ def doctor(as_json: Json = False) -> None:
 def serve(
     teacher: Annotated[str, typer.Option(help="A name from configs/teachers.")] = "embedded",
     port: Annotated[int | None, typer.Option(help="Listen here; default: a free port.")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Listen at this address; default: the teacher's, which is this machine alone. 0.0.0.0: all."),
+    ] = None,
     hardware: HardwareName = None,
     changes: Changes = None,
 ) -> None:
@@ -165,9 +169,12 @@ def serve(
     settings = load_teacher(teacher, parse_overrides(changes or [], SECTIONS)["teacher"])
     if not isinstance(settings, VllmTeacher):
         raise RequestError(f"the teacher '{settings.name}' is of kind {settings.kind}: there is nothing to serve.")
-    plan.check_teacher(settings, named(hardware))
-    home = home_folder()
-    with serve.serving(serve.spec_of(settings, home, port=port), home / "logs") as endpoint:
+    if host is not None:
+        settings = settings.model_copy(update={"host": host})
+    machine, home = named(hardware), home_folder()
+    plan.check_teacher(settings, machine)
+    spec = serve.spec_of(settings, home, port, machine.ray_address)
+    with serve.serving(spec, home / "logs") as endpoint:
         out.print(f"{endpoint.model} answers at {endpoint.base_url} (Ctrl-C ends it)")
         serve.wait_for_interrupt(endpoint)
 

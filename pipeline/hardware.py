@@ -76,7 +76,7 @@ class Hardware(Settings):
     link_gb_per_second: float = Field(0, ge=0)  # of one GPU to the others of its node, one way; 0: not known
     network_gb_per_second: float = Field(0, ge=0)  # of one node to the others, all its cards together, one way
     hosts: tuple[str, ...] = execution(())  # names of several nodes; the first is the one that a run is started on
-    ray_address: str | None = execution(None)  # a Ray cluster's head ("auto": this machine's) that judges and samples
+    ray_address: str | None = execution(None)  # a Ray cluster's head ("auto": this one's); it judges, samples, serves
     price_usd_per_gpu_hour: Decimal | None = Field(None, ge=0)
 
     @model_validator(mode="after")

@@ -69,7 +69,8 @@ def run_pilot(run: Run, prompts: Path, count: int) -> Pilot:
     schema.write(work / "prompts", schema.PROMPT, schema.rows(table.take(drawn)))
     for stage in ("traces", "verdicts"):
         (work / stage / ".work").mkdir(parents=True)
-    traces.build(run.teacher, work / "prompts", work / "traces", run.home, run.prompts.instruction)
+    folders = work / "prompts", work / "traces", run.home
+    traces.build(run.teacher, *folders, run.prompts.instruction, run.hardware.ray_address)
     inputs = work / "prompts", work / "traces"
     judged = verdicts.build(run.prompts.verdicts, *inputs, work / "verdicts", run.home, judge=run.judge)
     return _forecast(run, work, len(drawn), len(ids), judged.rejected)

@@ -100,7 +100,7 @@ def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender
     )
     if run.scores_teacher:
         assert not isinstance(run.teacher, RecordedTeacher)
-        spec = spec_of(run.teacher, run.home)
+        spec = spec_of(run.teacher, run.home, ray_address=run.hardware.ray_address)
         size = _size(Path(spec.model)) if isinstance(spec, VllmSpec) and Path(spec.model).is_dir() else None
         opens = getattr(run.teacher, "opens_thinking", False)
         yield Contender("teacher", spec, run.teacher_revision, size, opens)

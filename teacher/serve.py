@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import signal
 import socket
@@ -18,9 +19,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
-from r1distill.data import models
+from r1distill.data import cluster, models
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.teacher.settings import EndpointTeacher, Price, RecordedTeacher, VllmTeacher
 from r1distill.teacher.watch import GRACE_SECONDS
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import httpx
 
 HOST = "127.0.0.1"
+ALL_HOSTS = {"0.0.0.0": HOST, "::": "::1"}  # to listen at; and where we find it then
 RESTARTS = 3  # of one server, before its crashes are taken for its own fault
 POLL_SECONDS = 0.2
 TAIL_LINES = 25
@@ -57,6 +59,7 @@ class VllmSpec:
     """A model for vLLM: a folder, or a repository with the commit in ``options['revision']``.
 
     ``options`` are vLLM's flags without their dashes; ``environment`` is put over ours. ``port`` None takes a free one.
+    ``ray_address`` names the cluster whose GPUs it spreads over.
     """
 
     model: str
@@ -65,23 +68,28 @@ class VllmSpec:
     environment: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
     port: int | None = None
+    host: str = HOST
+    ray_address: str | None = None
     start_seconds: float = 7200  # R1's weights are 689 GB
 
     def command(self, port: int) -> list[str]:
         """What starts the server."""
         options = {**VLLM_OPTIONS, **(CPU_OPTIONS if on_cpu() else {}), **self.options}
-        where = {"model": self.model, "served-model-name": self.served_name, "host": HOST, "port": port}
+        where = {"model": self.model, "served-model-name": self.served_name, "host": self.host, "port": port}
         return [sys.executable, "-c", VLLM_MAIN, *flags({**where, **options})]
 
     def variables(self) -> dict[str, str]:
         """The server's environment: what the user has set goes over our defaults, the specification over both."""
-        return {**VLLM_ENVIRONMENT, **(CPU_ENVIRONMENT if on_cpu() else {}), **os.environ, **self.environment}
+        ours = {**VLLM_ENVIRONMENT, **(CPU_ENVIRONMENT if on_cpu() else {})}
+        ray = {"RAY_ADDRESS": self.ray_address} if self.ray_address else {}  # or vLLM starts a cluster of its own
+        return {**ours, **os.environ, **ray, **self.environment}
 
 
 @dataclass(frozen=True)
 class LlamaSpec:
     """A GGUF file for llama.cpp. ``context_tokens`` is the room of each of the ``slots`` requests at a time."""
 
+    host: ClassVar[str] = HOST
     gguf: Path
     served_name: str
     context_tokens: int = 4096
@@ -163,16 +171,42 @@ def check(teacher: VllmTeacher | EndpointTeacher | RecordedTeacher) -> None:
         )
 
 
-def spec_of(teacher: VllmTeacher | EndpointTeacher, home: Path, port: int | None = None) -> VllmSpec | EndpointTeacher:
-    """How to serve a teacher: downloads or converts its weights on the first call; an endpoint is served already."""
+def spec_of(
+    teacher: VllmTeacher | EndpointTeacher, home: Path, port: int | None = None, ray_address: str | None = None
+) -> VllmSpec | EndpointTeacher:
+    """How to serve a teacher: downloads or converts its weights on the first call; an endpoint is served already.
+
+    One that is spread over nodes joins the Ray cluster at ``ray_address`` (default: RAY_ADDRESS, or this machine's).
+    Raises RequestError, before any download, where none with enough free GPUs answers.
+    """
     if isinstance(teacher, EndpointTeacher):
         return teacher
+    cluster_address = _cluster(teacher, ray_address)
     revision, options = models.revision(teacher.model), teacher.options
     model = str(models.materialise(teacher.model, home))
     if isinstance(teacher.model, models.HubModel):
         # By name and commit, so that other nodes find it too; on this one it is in the Hub's cache by now.
         model, options = teacher.model.repo, {"revision": revision, "tokenizer-revision": revision, **options}
-    return VllmSpec(model, teacher.served_name, options, teacher.environment, revision, port)
+    return VllmSpec(
+        model, teacher.served_name, options, teacher.environment, revision, port, teacher.host, cluster_address
+    )
+
+
+def _cluster(teacher: VllmTeacher, ray_address: str | None) -> str | None:
+    """The Ray cluster that a teacher is to be spread over; None where its file doesn't say so."""
+    backends = [teacher.options.get(f"{name}-backend") for name in ("distributed-executor", "data-parallel")]
+    if "ray" not in backends:
+        return None
+    address = ray_address or os.environ.get("RAY_ADDRESS") or "auto"
+    kinds = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
+    wanted = math.prod(int(teacher.options.get(kind, 1)) for kind in kinds)
+    free, everything = cluster.gpus(address)
+    if free < wanted:
+        raise RequestError(
+            f"the teacher '{teacher.name}' needs {wanted} GPUs, and the Ray cluster at '{address}' has {free} free of "
+            f"{everything}. Add nodes to it, on each: ray start --address=HEAD:6379"
+        )
+    return address
 
 
 @contextmanager
@@ -233,8 +267,9 @@ class Server:
 
     def __init__(self, spec: VllmSpec | LlamaSpec, logs: Path):
         self.spec, self.restarts = spec, 0
-        self.port = _port(spec.port)
-        self.url = f"http://{HOST}:{self.port}"
+        self.port = _port(spec.host, spec.port)
+        host = ALL_HOSTS.get(spec.host, spec.host)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         logs.mkdir(parents=True, exist_ok=True)
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         self.log = logs / f"{spec.served_name.replace('/', '-')}-{stamp}-{self.port}.log"
@@ -343,14 +378,18 @@ def _endpoint(teacher: EndpointTeacher) -> Endpoint:
     )
 
 
-def _port(wanted: int | None) -> int:
+def _port(host: str, wanted: int | None) -> int:
     """The port that is wanted, or a free one; raises RequestError where it is taken."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, wanted or 0))
+            probe.bind((host, wanted or 0))
         except OSError as error:
+            if wanted is None:
+                raise RequestError(
+                    f"nothing can listen on '{host}': {error.strerror}. It takes an address of this machine."
+                ) from None
             raise RequestError(
-                f"port {wanted} can't be used on {HOST}: {error.strerror}. Choose another, or none to take a free one."
+                f"port {wanted} can't be used on {host}: {error.strerror}. Choose another, or none to take a free one."
             ) from None
         return int(probe.getsockname()[1])

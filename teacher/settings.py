@@ -101,6 +101,7 @@ class VllmTeacher(Settings):
     served_name: str  # what the server calls it, and so the traces
     options: dict[str, Any] = execution({})  # vLLM's flags without their dashes
     environment: dict[str, str] = execution({})
+    host: str = execution("127.0.0.1")  # where it listens; 0.0.0.0: for other machines too, all of which may then ask
     opens_thinking: bool = False  # the template's generation prompt ends in <think>, and no reasoning parser is on
     sampling: Sampling
     client: Client = execution(Client())

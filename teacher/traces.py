@@ -47,17 +47,19 @@ def build(
     with Ledger(home / "ledger") as ledger:
         take_in(ledger, order)
         if pending(order, ledger):
-            with answering(teacher, home) as endpoint:
+            with answering(teacher, home, ray_address) as endpoint:
                 job = (order, endpoint, ledger, teacher.client, f"asking {teacher.name}")
                 asked = ask_on_ray(*job, ray_address) if ray_address and endpoint.recover is None else ask(*job)
         return _written(out, rows(order, ledger), teacher, asked)
 
 
-def answering(teacher: VllmTeacher | EndpointTeacher, home: Path) -> AbstractContextManager[Endpoint]:
+def answering(
+    teacher: VllmTeacher | EndpointTeacher, home: Path, ray_address: str | None = None
+) -> AbstractContextManager[Endpoint]:
     """Where the teacher is asked: nothing is started where its own file says who serves it."""
     if isinstance(teacher, VllmTeacher) and (urls := teacher.client.base_urls):
         return nullcontext(Endpoint(urls[0], teacher.served_name, models.revision(teacher.model)))
-    return serving(spec_of(teacher, home), home / "logs")
+    return serving(spec_of(teacher, home, ray_address=ray_address), home / "logs")
 
 
 def identity_of(teacher: VllmTeacher | EndpointTeacher) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from r1distill.teacher.serve import (
     serving,
     spec_of,
 )
-from r1distill.teacher.settings import Client, EndpointTeacher, Sampling
+from r1distill.teacher.settings import Client, EndpointTeacher, Sampling, VllmTeacher, load_teacher
 
 ENDPOINT = {"kind": "endpoint", "name": "e", "prompts": "p", "base_url": "https://x.org/v1", "model": "m"}
 FEW = Client(in_flight=2, attempts=6, backoff_seconds=0.1, timeout_seconds=120)
@@ -179,6 +179,61 @@ def test_a_port_in_use_is_told_before_anything_starts(gguf, tmp_path):
         with pytest.raises(RequestError, match=f"port {port} can't be used on 127.0.0.1: Address already in use"):
             with serving(spec(gguf, port=port), tmp_path):
                 pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("host", "found_at"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("127.0.0.2", "127.0.0.2")])
+def test_a_server_listens_where_it_is_told(tmp_path, host, found_at):
+    server = Server(VllmSpec("m", "n", host=host), tmp_path)
+    assert server.url == f"http://{found_at}:{server.port}"
+    command = server.spec.command(server.port)
+    assert command[command.index("--host") + 1] == host
+
+
+def test_an_address_of_another_machine_is_told(tmp_path):
+    with pytest.raises(RequestError, match=r"nothing can listen on '192\.0\.2\.1'.*address of this machine"):
+        Server(VllmSpec("m", "n", host="192.0.2.1"), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    """A Ray cluster of two nodes, both on this machine, that say they have eight GPUs each."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 8, "include_dashboard": False})
+    nodes.add_node(num_cpus=1, num_gpus=8)
+    yield nodes.address
+    nodes.shutdown()
+
+
+def spread_over(**sizes):
+    model = {"kind": "folder", "path": "weights"}
+    options = {"distributed-executor-backend": "ray", **{f"{kind}-parallel-size": n for kind, n in sizes.items()}}
+    about = {"kind": "vllm", "name": "r1", "prompts": "p", "served_name": "r1", "sampling": {"max_tokens": 5}}
+    return VllmTeacher.model_validate({**about, "model": model, "options": options})
+
+
+def test_a_teacher_over_two_nodes_joins_their_cluster(two_nodes, tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    teacher = load_teacher("r1-16xh100", {"model": {"kind": "folder", "path": "weights"}})
+    spec = spec_of(teacher, tmp_path, ray_address=two_nodes)
+    assert spec.variables()["RAY_ADDRESS"] == two_nodes
+    command = " ".join(spec.command(1))
+    assert "--tensor-parallel-size 8 --pipeline-parallel-size 2 --distributed-executor-backend ray" in command
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes)
+    assert spec_of(teacher, tmp_path).ray_address == two_nodes
+    with pytest.raises(RequestError, match=r"'r1' needs 32 GPUs, and the Ray cluster at '.*' has 16 free of 16\. Add"):
+        spec_of(spread_over(tensor=8, pipeline=4), tmp_path)
+
+
+def test_a_teacher_over_two_nodes_needs_a_cluster(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(RequestError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'.*ray start --head"):
+        spec_of(spread_over(tensor=8, pipeline=2), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
