@@ -25,8 +25,8 @@ BATCH_CHARACTERS = 1 << 18  # arrays of 2 MiB stay in a core's cache; a longer t
 
 # What ``figures`` counts, one text at a time.
 FIGURE = re.compile(r"\d+|(?<![^\W\d])-|-(?![^\W\d])|[+/^=<>−×÷±≤≥%]")
-# What a code point can be: _WORD with any of the others.
-_WORD, _IDEOGRAPH, _DIGIT, _OPERATOR = 1, 2, 4, 8
+# What a code point can be: _WORD with any of the others, or _SPACE.
+_WORD, _IDEOGRAPH, _DIGIT, _OPERATOR, _SPACE = 1, 2, 4, 8, 16
 _OPERATORS = "+-/^=<>−×÷±≤≥%"  # no `*`: Markdown's emphasis comes and goes between copies of one question
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2⁶⁴
 _BASE_INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
@@ -46,11 +46,12 @@ def mix(values: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _classes() -> Any:
-    """uint8[code point]: what it is; a tenth of a second, once."""
-    characters = [chr(code) for code in range(sys.maxunicode + 1)]
-    table = np.fromiter((character.isalnum() for character in characters), np.uint8, len(characters))
-    table[ord("_")] = _WORD
-    table[np.fromiter((character.isdecimal() for character in characters), bool, len(characters))] |= _DIGIT
+    """uint8[code point]: what it is."""
+    characters = np.arange(sys.maxunicode + 1, dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")
+    table = np.zeros(len(characters), np.uint8)
+    for pattern, kind in ((r"\w+", _WORD), (r"\d+", _DIGIT), (r"\s+", _SPACE)):
+        for run in re.finditer(pattern, characters):
+            table[run.start() : run.end()] |= kind
     for first, last in (part.split("-") for part in re.findall(".-.", _IDEOGRAPHS)):
         table[ord(first) : ord(last) + 1] |= table[ord(first) : ord(last) + 1] * _IDEOGRAPH
     table[[ord(operator) for operator in _OPERATORS]] |= _OPERATOR
@@ -201,6 +202,38 @@ def split(texts: Sequence[str], digits_apart: bool = False) -> Words:
     inside = told_apart > 0
     start, end = np.flatnonzero(change[:-1] & inside), np.flatnonzero(change[1:] & inside) + 1
     return Words(folded, codes, kinds, text_starts, start, end, np.searchsorted(start, text_starts))
+
+
+def tokens(text: str) -> Any:
+    """uint64[T]: a hash of each word and of each other mark of one text, as ``\\w+|[^\\w\\s]`` finds them, unfolded.
+
+    A text of over BATCH_CHARACTERS is taken in pieces, cut at spaces, so that the arrays stay small.
+    """
+    hashes = []
+    begin = 0
+    while begin < len(text):
+        end = begin + BATCH_CHARACTERS
+        if end < len(text):
+            end = text.rfind(" ", begin, end) + 1 or end
+        codes, kinds = _codes(text[begin:end])
+        mark = (kinds & (_WORD | _SPACE)) == 0
+        word = kinds & _WORD
+        change = np.ones(len(kinds) + 1, bool)
+        np.not_equal(word[1:], word[:-1], out=change[1:-1])
+        change[:-1] |= mark
+        change[1:] |= mark
+        edges = np.flatnonzero(change)
+        first, last = edges[:-1], edges[1:]
+        inside = (kinds[first] & _SPACE) == 0
+        hashes.append(_Sums(codes).slices(first[inside], last[inside]))
+        begin = end
+    return np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
+
+
+def grams(hashes: Any, size: int) -> Any:
+    """uint64[max(0, T - size + 1)]: a hash of every ``size`` of them in a row."""
+    first = np.arange(max(0, len(hashes) - size + 1))
+    return _Sums(hashes).slices(first, first + size)
 
 
 def batches(items: Iterable[Item], size: Callable[[Item], int] = len) -> Iterator[list[Item]]:  # type: ignore[assignment]

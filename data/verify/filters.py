@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from functools import lru_cache
 
 from r1distill.data.config import Settings
 from r1distill.data.thinking import CLOSE, OPEN
@@ -64,9 +65,10 @@ def form(completion: str, reasoning: str | None, response: str, domain: str, set
         return failed("a refusal", response[:100])
     if "```" in reasoning and not (settings.code_in_thinking or domain == "code"):
         return failed("a code block in the thinking")
-    longest = max(len(paragraph) for paragraph in re.split(r"\n\s*\n", reasoning))
-    if longest > settings.max_paragraph_characters:
-        return failed("a paragraph of the thinking is too long", f"{longest} characters")
+    if len(reasoning) > settings.max_paragraph_characters:
+        longest = max(len(paragraph) for paragraph in re.split(r"\n\s*\n", reasoning))
+        if longest > settings.max_paragraph_characters:
+            return failed("a paragraph of the thinking is too long", f"{longest} characters")
     return passed()
 
 
@@ -101,19 +103,35 @@ def _open_end(response: str) -> str:
     return "inside a box" if box >= 0 and tail.count("{", box) > tail.count("}", box) else ""
 
 
-_TOKEN = re.compile(r"\w+|[^\w\s]")
-_WINDOW_WORDS, _GRAM_WORDS = 512, 16
+_WINDOW_WORDS, _GRAM_WORDS, _FEWEST_GRAMS = 512, 16, 64
 
 
 def repetition(text: str, settings: FilterSettings) -> Finding:
-    """The largest share of 16-grams that occurred before, over windows of 512 words (half a window apart)."""
-    words = _TOKEN.findall(text)
+    """The largest share of 16-grams that occurred before, over windows of 512 words (half a window apart).
+
+    A word is a run of letters, digits and underscores, or any other mark.
+    """
+    import numpy as np
+
+    from r1distill.data import words
+
+    grams = words.grams(words.tokens(text), _GRAM_WORDS)
+    ordered = np.sort(grams)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    before = np.full(len(grams), -1)  # where each 16-gram stood last
+    if len(again):
+        places = np.flatnonzero(np.isin(grams, again))
+        places = places[np.argsort(grams[places], kind="stable")]
+        same = grams[places[1:]] == grams[places[:-1]]
+        before[places[1:][same]] = places[:-1][same]
     share, where = 0.0, 0
-    for start in range(0, max(1, len(words) - _WINDOW_WORDS // 2), _WINDOW_WORDS // 2):
-        window = words[start : start + _WINDOW_WORDS]
-        count = len(window) - _GRAM_WORDS + 1
-        distinct = set(zip(*(window[i : i + count] for i in range(_GRAM_WORDS)), strict=True)) if count > 64 else ()
-        if distinct and (found := 1 - len(distinct) / count) > share:
+    last = max(1, len(grams) + _GRAM_WORDS - 1 - _WINDOW_WORDS // 2) if len(again) else 0
+    for start in range(0, last, _WINDOW_WORDS // 2):
+        window = before[start : start + _WINDOW_WORDS - _GRAM_WORDS + 1]
+        if len(window) <= _FEWEST_GRAMS:
+            continue
+        found = 1 - np.count_nonzero(window < start) / len(window)
+        if found > share:
             share, where = found, start
     detail = f"{share:.0%} of the 16-grams after word {where}"
     return failed("it repeats itself", detail) if share > settings.max_repeated_share else passed(detail)
@@ -124,6 +142,8 @@ _SCRIPTS = ("LATIN", "CJK", "HIRAGANA", "KATAKANA", "HANGUL", "CYRILLIC", "ARABI
 _EAST_ASIAN = {"CJK": "han", "HIRAGANA": "kana", "KATAKANA": "kana"}
 _LATEX = re.compile(r"\\[A-Za-z]+|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]", re.S)
 _WORD = re.compile(r"[^\W\d_]+")
+_ASCII = re.compile(r"[\x00-\x7f]+")
+_PLAIN = re.compile(r"[^\\$]*?[A-Za-z]{2}")  # a word that stands before any LaTeX
 
 
 def language(question: str, text: str, settings: FilterSettings) -> Finding:
@@ -148,13 +168,10 @@ def language(question: str, text: str, settings: FilterSettings) -> Finding:
 
 
 def _scripts(text: str) -> Counter[str]:
-    """How many words of each script a text has."""
-    if text.isascii():
-        return (
-            Counter(latin=count)
-            if (count := sum(1 for w in _WORD.findall(_LATEX.sub(" ", text)) if len(w) > 1))
-            else Counter()
-        )
+    """How many words of each script a text has; of Latin 1 where no other is there, as then the count says nothing."""
+    others = {_script(letter) for letter in set(_ASCII.sub("", text))} - {None, "latin"}
+    if not others and _PLAIN.match(text):
+        return Counter(latin=1)
     counts: Counter[str] = Counter()
     for word in _WORD.findall(_LATEX.sub(" ", text)):
         if word.isascii():
@@ -166,6 +183,7 @@ def _scripts(text: str) -> Counter[str]:
     return +counts
 
 
+@lru_cache(maxsize=4096)
 def _script(letter: str) -> str | None:
     name = unicodedata.name(letter, "").split(" ", 1)[0]
     return _EAST_ASIAN.get(name, name.lower()) if name in _SCRIPTS else None
