@@ -23,6 +23,7 @@ from r1distill.data.benchmarks import questions
 from r1distill.data.prompts import user_message
 from r1distill.data.result import Result
 from r1distill.data.settings import Benchmark
+from r1distill.pipeline.gates import held, variant
 from r1distill.pipeline.run import Run
 from r1distill.teacher.ledger import Ledger
 from r1distill.teacher.sample import Order, Request, ask, pending, rows
@@ -219,28 +220,19 @@ def gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     by_model: dict[str, list[dict[str, Any]]] = {}
     for row in answers:
         by_model.setdefault(row["model"], []).append(row)
-
-    def gate(model: str, what: str, value: float, limit: float, at_least: bool = True) -> None:
-        passed = value >= limit if at_least else value <= limit
-        sign = "at least" if at_least else "at most"
-        message = f"{what}: {value:.1%}, the gate wants {sign} {limit:.1%}"
-        found.append({"name": what, "model": model, "passed": passed, "message": message})
-
     student = by_model["student"]
     accuracy = {name: summary(rows)["accuracy"] for name, rows in by_model.items()}
     wanted = run.student.gate
     if wanted.min_gain is not None:
-        gate("checkpoint", "gain over base", accuracy["student"] - accuracy["base"], wanted.min_gain)
+        gain = accuracy["student"] - accuracy["base"]
+        found.append(held("checkpoint", "gain over base", gain, wanted.min_gain))
     if wanted.min_share_of_teacher is not None and accuracy.get("teacher"):
-        gate("checkpoint", "share of teacher", accuracy["student"] / accuracy["teacher"], wanted.min_share_of_teacher)
+        share = accuracy["student"] / accuracy["teacher"]
+        found.append(held("checkpoint", "share of teacher", share, wanted.min_share_of_teacher))
     for name, settings in run.student.variants.items():
         keys = {(row["benchmark"], row["prompt_id"]) for row in by_model[name]}
         same = summary([row for row in student if (row["benchmark"], row["prompt_id"]) in keys])
-        its = summary(by_model[name])
-        recovered = its["accuracy"] / same["accuracy"] if same["accuracy"] else 1.0
-        gate(name, "recovered accuracy", recovered, settings.gate.min_recovered)
-        rise = its["truncated"] - same["truncated"]
-        gate(name, "rise in truncation", rise, settings.gate.max_truncation_rise, at_least=False)
+        found += variant(name, settings.gate, summary(by_model[name]), same)
     return found
 
 
