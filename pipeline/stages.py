@@ -135,7 +135,10 @@ def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
 
 
 @stage(
-    reads=("dataset", "checkpoint"), label=lambda run: run.student.name, decides=lambda run: run.identity_of_variants()
+    reads=("dataset", "checkpoint"),
+    version=2,
+    label=lambda run: run.student.name,
+    decides=lambda run: run.identity_of_variants(),
 )
 def variants(run: Run, inputs: Inputs, out: Path) -> Result:
     """Quantised forms of the checkpoint, checked statically; nothing is served here."""

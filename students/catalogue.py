@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from r1distill.data.config import Settings, execution
 from r1distill.data.models import ModelRef
@@ -137,39 +137,59 @@ class Sft(Settings):
 
 
 class VariantGate(Settings):
-    """What a variant must keep of the checkpoint, on the same questions, or it is withheld."""
+    """What a variant must keep of the checkpoint, on the same questions and held-out traces, or it is withheld."""
 
     min_recovered: float = Field(0.97, ge=0)  # its accuracy / the checkpoint's
     max_truncation_rise: float = Field(0.02, ge=0)  # its truncation rate - the checkpoint's
+    max_loop_rise: float = Field(0.02, ge=0)  # its rate of answers that go round in circles - the checkpoint's
+    max_kl: float | None = Field(0.1, ge=0)  # mean KL divergence of the next token from the checkpoint's, nats
 
 
 class _Variant(Settings):
     gate: VariantGate = VariantGate()
-    tuning_steps: int = Field(200, ge=0)  # AutoRound's steps a block; 0 rounds to nearest (minutes instead of hours)
-    calibration_traces: int = Field(128, gt=0)
-    calibration_tokens: int = Field(2048, gt=0)  # of each trace
+    tuning_steps: int = Field(0, ge=0)  # AutoRound's steps a block; 0 rounds to nearest (minutes instead of hours)
+    calibration_traces: int = Field(512, gt=0)  # spread over the training split
+    calibration_tokens: int = Field(8192, gt=0)  # of one piece; a longer trace gives several
+    calibration_pieces: int = Field(64, gt=0)
+    kl_tokens: int = Field(4096, ge=0)  # of held-out traces that the divergence is measured on; 0: not measured
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its numbers depend on calibration text; rounding to nearest reads none."""
+        return self.tuning_steps > 0
 
 
 class GgufVariant(_Variant):
-    """A file for llama.cpp."""
+    """A file for llama.cpp. With ``importance``, scales are searched so as to err least where the calibration's
+    activations are large (an importance matrix; Q8_0 has no use for one)."""
 
     kind: Literal["gguf"]
     scheme: Literal["q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0"] = "q4_k_m"
+    importance: bool = True
+
+    @property
+    def calibrated(self) -> bool:
+        return self.importance or super().calibrated
 
 
 class GptqVariant(_Variant):
-    """Weights of ``bits`` bits in groups, symmetric, in GPTQ's file format."""
+    """Weights of ``bits`` bits in groups, symmetric, in GPTQ's file format; AutoRound tunes their rounding."""
 
     kind: Literal["gptq"]
     bits: Literal[4, 8] = 4
     group_size: int = 128
+    tuning_steps: int = Field(200, ge=0)
 
 
 class AwqVariant(_Variant):
-    """4-bit weights in groups, asymmetric, in AWQ's file format."""
+    """4-bit weights in groups, asymmetric, scaled by how large their inputs are (AWQ), in AWQ's file format."""
 
     kind: Literal["awq"]
     group_size: int = 128
+
+    @property
+    def calibrated(self) -> bool:
+        return True
 
 
 class Int8Variant(_Variant):
@@ -179,16 +199,37 @@ class Int8Variant(_Variant):
 
 
 class Fp8Variant(_Variant):
-    """8-bit floating-point weights and activations, in compressed-tensors' format; needs a GPU to serve."""
+    """8-bit floating-point weights and activations, in compressed-tensors' format; needs a GPU to serve.
+
+    ``block``: a scale for 128 x 128 weights, as R1's own, and one for 128 activations of a token. ``channel``: a scale
+    a channel, and one that calibration found for all activations of a layer.
+    """
 
     kind: Literal["fp8"]
-    scheme: Literal["static", "block"] = "block"
+    scheme: Literal["channel", "block"] = "block"
+
+    @property
+    def calibrated(self) -> bool:
+        return self.scheme == "channel" or super().calibrated
 
 
 Variant = Annotated[
     GgufVariant | GptqVariant | AwqVariant | Int8Variant | Fp8Variant,
     Field(discriminator="kind"),
 ]
+
+# What a student's file can ask for by name alone.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "q8_0": {"kind": "gguf", "scheme": "q8_0"},
+    "q6_k": {"kind": "gguf", "scheme": "q6_k"},
+    "q5_k_m": {"kind": "gguf", "scheme": "q5_k_m"},
+    "q4_k_m": {"kind": "gguf", "scheme": "q4_k_m"},
+    "gptq-4bit": {"kind": "gptq"},
+    "awq-4bit": {"kind": "awq"},
+    "int8": {"kind": "int8"},
+    "fp8-block": {"kind": "fp8", "scheme": "block"},
+    "fp8": {"kind": "fp8", "scheme": "channel"},
+}
 
 
 class Gate(Settings):
@@ -226,6 +267,19 @@ class Student(Settings):
     variant_questions: int | None = None  # how many questions a variant gets; null: all of them
     serve_options: dict[str, Any] = execution({})
 
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _by_name(cls, variants: Any) -> Any:
+        """A name alone, or a name with changes, stands for a known variant."""
+        if not isinstance(variants, dict):
+            return variants
+        return {
+            name: {**VARIANTS[name], **(one or {})}
+            if name in VARIANTS and (one is None or (isinstance(one, dict) and "kind" not in one))
+            else one
+            for name, one in variants.items()
+        }
+
     @model_validator(mode="after")
     def _consistent(self) -> Student:
         shape = self.architecture
@@ -233,8 +287,13 @@ class Student(Settings):
             raise ValueError(f"packs.context_tokens is over the architecture's max_position ({shape.max_position})")
         for name, variant in self.variants.items():
             group = getattr(variant, "group_size", 1)
-            if shape.hidden % group or shape.ffn % group:
-                raise ValueError(f"variants.{name}.group_size {group} must divide {shape.hidden} and {shape.ffn}")
+            if isinstance(variant, Fp8Variant) and variant.scheme == "block":
+                group = 128
+            sizes = [shape.hidden, shape.ffn]
+            if isinstance(variant, Fp8Variant):
+                sizes.append(shape.hidden // shape.heads * shape.kv_heads)
+            if any(size % group for size in sizes):
+                raise ValueError(f"variants.{name}: groups of {group} must divide {', '.join(map(str, sizes))}")
             if not name.replace("-", "").replace("_", "").isalnum() or name in ("base", "teacher", "student"):
                 raise ValueError(
                     f"variants.{name}: a variant's name is letters, digits, - and _, and not a model's role"

@@ -1,7 +1,8 @@
-"""Variants: quantised forms of a checkpoint made with AutoRound, each in a worker of its own, checked without serving.
+"""Variants: quantised forms of a checkpoint made with AutoRound, in a worker of their own, checked without serving.
 
-The checks: the checkpoint's tokenizer, chat template and generation settings, its end and padding tokens, every tensor
-accounted for and finite. What a variant is worth is measured later, by serving it.
+Checked here: that the files are sound (``students.soundness``), and how far the variant's next token is from the
+checkpoint's on held-out traces (``students.divergence``). What a variant is worth in its runtime is measured later, by
+serving it; ``prompts.json`` holds the conversations that both are then asked to tokenise, with the checkpoint's ids.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -20,60 +21,99 @@ from r1distill.data.errors import R1DistillError
 from r1distill.data.result import Result
 from r1distill.students import worker
 from r1distill.students.catalogue import AwqVariant, Fp8Variant, GgufVariant, GptqVariant, Int8Variant, Student, Variant
-from r1distill.students.template import TEMPLATES
+from r1distill.students.soundness import KEPT_FILES, problems
+from r1distill.students.template import TEMPLATES, Unusable, encode
 
-# What a variant takes from the checkpoint as it is; AutoRound writes these files in its own way.
-KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from r1distill.students.divergence import Reference
+
+PROBES = "prompts.json"
+TOKENS_AT_ONCE = 16_384  # of calibration: eight pieces of 2,048 tokens, or fewer that are longer
 
 
 def build(student: Student, checkpoint: Path, dataset: Path, out: Path) -> Result:
     """Write every variant of ``checkpoint`` to ``out/<name>``; what a cut-off run finished is kept."""
-    metrics: dict[str, Any] = {}
-    for name, variant in tqdm(student.variants.items(), desc="variants", unit="variant", disable=None, delay=2):
-        done = out / ".work" / f"{name}.json"
-        if not (done.is_file() and (out / name).is_dir()):
-            began = time.monotonic()
-            _make(student, name, variant, checkpoint, dataset, out)
-            size = sum(file.stat().st_size for file in (out / name).iterdir())
-            done.write_text(json.dumps({"bytes": size, "seconds": round(time.monotonic() - began, 1)}))
-        metrics[name] = {"kind": variant.kind, **json.loads(done.read_text())}
+    work = out / ".work"
+    missing = [name for name in student.variants if not (_facts(work, name).is_file() and (out / name).is_dir())]
+    if missing:
+        for name in missing:
+            shutil.rmtree(work / name, ignore_errors=True)
+            shutil.rmtree(out / name, ignore_errors=True)
+        job = {
+            "student": student.model_dump(mode="json"),
+            "variants": missing,
+            "checkpoint": str(checkpoint),
+            "dataset": str(dataset),
+            "out": str(out),
+        }
+        done = len(student.variants) - len(missing)
+        bar = tqdm(total=len(student.variants), initial=done, desc="variants", unit="variant", disable=None, delay=2)
+        with bar:
+            for message in worker.run("r1distill.students.quantise", job, work):
+                bar.update("made" in message)
+    metrics = {name: json.loads(_facts(work, name).read_text()) for name in student.variants}
     return Result(len(metrics), len(metrics), {}, metrics, unit="variants")
 
 
-def _make(student: Student, name: str, variant: Variant, checkpoint: Path, dataset: Path, out: Path) -> None:
-    scratch = out / ".work" / name
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(out / name, ignore_errors=True)
-    job = {
-        "student": student.model_dump(mode="json"),
-        "variant": name,
-        "checkpoint": str(checkpoint),
-        "dataset": str(dataset),
-        "out": str(scratch / "made"),
-    }
-    for _ in worker.run("r1distill.students.quantise", job, scratch):
-        pass
-    (scratch / "made").rename(out / name)
+def _facts(work: Path, name: str) -> Path:
+    return work / f"{name}.json"
 
 
 def main(job: dict[str, Any]) -> None:
-    """In the worker: quantise, take over the checkpoint's files, check."""
+    """In the worker: each variant quantised, given the checkpoint's files, checked, and told of when it is whole."""
+    from transformers import AutoTokenizer
+
+    from r1distill.students.divergence import Reference, held_out
+
     student = Student.model_validate(job["student"])
-    variant, checkpoint, out = student.variants[job["variant"]], Path(job["checkpoint"]), Path(job["out"])
-    texts = calibration(student, variant, checkpoint, Path(job["dataset"]))
-    made = _quantise(variant, checkpoint, texts, out.with_name("raw"))
+    checkpoint, dataset, out = Path(job["checkpoint"]), Path(job["dataset"]), Path(job["out"])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    (out / PROBES).write_text(json.dumps(probes(student, tokenizer, dataset), ensure_ascii=False), encoding="utf-8")
+    references: dict[int, Reference] = {}
+    for name in job["variants"]:
+        variant, began = student.variants[name], time.monotonic()
+        pieces = calibration(student, variant, tokenizer, dataset) if variant.calibrated else None
+        made = _make(student, name, pieces, checkpoint, out / ".work" / name)
+        quantised = time.monotonic()
+        wrong = problems(made, checkpoint)
+        kl, tokens = None, variant.kl_tokens
+        if tokens and not wrong:
+            if tokens not in references:
+                traces = (_target(student, tokenizer, row["messages"]) for row in _rows(dataset, "validation"))
+                references[tokens] = Reference(checkpoint, held_out((one for one in traces if one), tokens))
+            if references[tokens].tokens:
+                kl = references[tokens].divergence(made)
+        made.rename(out / name)
+        facts = {
+            "kind": variant.kind,
+            "bytes": sum(file.stat().st_size for file in (out / name).iterdir()),
+            "seconds": round(time.monotonic() - began, 1),
+            "quantising_seconds": round(quantised - began, 1),
+            "problems": wrong,
+            "kl": kl,
+            "kl_tokens": references[tokens].tokens if tokens in references else 0,
+        }
+        _facts(out / ".work", name).write_text(json.dumps(facts))
+        worker.tell(made=name)
+
+
+def _make(student: Student, name: str, pieces: torch.Tensor | None, checkpoint: Path, scratch: Path) -> Path:
+    """Quantise, and put the checkpoint's own files in the place of AutoRound's; returns the variant's folder."""
+    variant = student.variants[name]
+    made, out = quantise(variant, checkpoint, pieces, scratch / "raw"), scratch / "made"
     if isinstance(variant, GgufVariant):
         out.mkdir()
         next(made.glob("*.gguf")).rename(out / f"{student.name}-{variant.scheme.upper()}.gguf")
-        problems = list(check_gguf(next(out.glob("*.gguf")), checkpoint))
     else:
         made.rename(out)
-        for name in KEPT_FILES:
-            shutil.copyfile(checkpoint / name, out / name)
+        for file in KEPT_FILES:
+            shutil.copyfile(checkpoint / file, out / file)
         _set_dtype(out / "config.json")
-        problems = list(check_tensors(out, checkpoint))
-    if problems:
-        raise R1DistillError(f"the variant {job['variant']} is not sound:\n" + "\n".join(problems))
+    shutil.rmtree(scratch / "raw", ignore_errors=True)
+    return out
 
 
 def recipe(variant: Variant) -> tuple[str, str, dict[str, Any]]:
@@ -88,49 +128,78 @@ def recipe(variant: Variant) -> tuple[str, str, dict[str, Any]]:
         case Int8Variant():
             return "INT8", "llm_compressor", {}
         case Fp8Variant(scheme=scheme):
-            return f"FP8_{scheme.upper()}", "llm_compressor", {}
+            return {"channel": "FP8_STATIC", "block": "FP8_BLOCK"}[scheme], "llm_compressor", {}
     raise AssertionError(variant)
 
 
-def calibration(student: Student, variant: Variant, checkpoint: Path, dataset: Path) -> list[str]:
-    """Training text in the student's own layout, joined to pieces of at least ``calibration_tokens`` tokens.
+def _rows(dataset: Path, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a split; of the training split where there is no other."""
+    folder = dataset / split if (dataset / split).is_dir() else dataset / "train"
+    yield from schema.rows(schema.read(folder, schema.TRAINING_ROW), ["messages"])
 
-    AutoRound drops pieces that are shorter than what it was told.
+
+def _target(student: Student, tokenizer: PreTrainedTokenizerFast, messages: Any) -> tuple[list[int], int] | None:
+    """A trace's ids in the student's own layout and the length of its prefix; None for one that can't be laid out."""
+    try:
+        ids, labels = encode(TEMPLATES[student.template], tokenizer, messages)
+    except Unusable:
+        return None
+    return ids, sum(one < 0 for one in labels)
+
+
+def calibration(student: Student, variant: Variant, tokenizer: PreTrainedTokenizerFast, dataset: Path) -> torch.Tensor:
+    """(pieces, ``calibration_tokens``) ids of training traces in the student's layout, thinking and end included.
+
+    Traces spread over the training split are laid end to end and cut, so a long trace gives its middle and its end too.
     """
-    from transformers import AutoTokenizer
+    import torch
 
-    template, tokenizer = TEMPLATES[student.template], AutoTokenizer.from_pretrained(checkpoint)
     table = schema.read(dataset / "train", schema.TRAINING_ROW)
-    pieces, piece, tokens = [], "", 0
-    for row in schema.rows(table.slice(0, variant.calibration_traces), ["messages"]):
-        text = template.prefix(row["messages"][:-1]) + template.target(row["messages"][-1])
-        piece, tokens = piece + text, tokens + len(tokenizer.encode(text, add_special_tokens=False))
-        if tokens >= variant.calibration_tokens:
-            pieces.append(piece)
-            piece, tokens = "", 0
-    return pieces or [piece]
+    step = max(1, table.num_rows // variant.calibration_traces)
+    some = table.take(list(range(0, table.num_rows, step))[: variant.calibration_traces])
+    stream: list[int] = []
+    for row in schema.rows(some, ["messages"]):
+        if trace := _target(student, tokenizer, row["messages"]):
+            stream += trace[0]
+    length = min(variant.calibration_tokens, len(stream))
+    pieces = torch.tensor(stream[: len(stream) // max(length, 1) * length]).reshape(-1, length)
+    if not pieces.numel():
+        raise R1DistillError(f"{dataset / 'train'} has no trace to calibrate variants on.")
+    return pieces[:: max(1, len(pieces) // variant.calibration_pieces)][: variant.calibration_pieces]
 
 
-def _quantise(variant: Variant, checkpoint: Path, texts: list[str], out: Path) -> Path:
-    """Run AutoRound and return the one folder that it made."""
+def quantise(variant: Variant, checkpoint: Path, pieces: torch.Tensor | None, out: Path) -> Path:
+    """Run AutoRound and return the one folder that it made; ``pieces`` (pieces, tokens) are what it calibrates on."""
     import gc
 
     import torch
     from auto_round import AutoRound
 
     scheme, form, settings = recipe(variant)
+    count, length = pieces.shape if pieces is not None else (1, 1)
+    at_once = max(1, min(8, count, TOKENS_AT_ONCE // length))
+    if isinstance(variant, AwqVariant):
+        settings["alg_configs"] = "awq" if variant.tuning_steps == 0 else ["awq", "auto_round"]
     if variant.tuning_steps == 0:
-        settings["disable_opt_rtn"] = True  # plain rounding: its search for scales takes minutes on a CPU
+        # Without a search for scales each weight is rounded to the nearest level of its own group: seconds.
+        settings["disable_opt_rtn"] = not (isinstance(variant, GgufVariant) and variant.importance)
+    gc.unfreeze()
+    gc.collect()
     gc.freeze()  # AutoRound collects garbage after every layer; the libraries' own objects need not be walked each time
+    cuda = torch.cuda.is_available()
     rounding = AutoRound(
         str(checkpoint),
         scheme=scheme,
         iters=variant.tuning_steps,
-        dataset=texts,
-        nsamples=len(texts),
-        seqlen=variant.calibration_tokens,
-        batch_size=min(8, len(texts)),
-        device_map=0 if torch.cuda.is_available() else "cpu",
+        dataset=list(pieces.split(1)) if pieces is not None else None,
+        nsamples=count,
+        seqlen=length,
+        batch_size=at_once,
+        gradient_accumulate_steps=max(1, min(8, count) // at_once),
+        device_map=0 if cuda else "cpu",
+        low_gpu_mem_usage=cuda,  # one block on the GPU at a time, and its inputs in the machine's memory
+        enable_torch_compile=cuda,  # which takes longer on a CPU than it saves
+        trust_remote_code=False,
         **settings,
     )
     gc.freeze()
@@ -145,69 +214,25 @@ def _set_dtype(file: Path) -> None:
     file.write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
 
 
-def check_tensors(variant: Path, checkpoint: Path) -> Iterator[str]:
-    """What is wrong with a variant in safetensors, compared with its checkpoint; each problem in a sentence."""
-    import torch
-
-    theirs, ours = dict(_tensors(checkpoint)), dict(_tensors(variant))
-    for name, tensor in ours.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            yield f"{name} holds values that are not finite"
-    for name, tensor in theirs.items():
-        stem = name.removesuffix(".weight")
-        if name in ours:
-            if ours[name].shape != tensor.shape:
-                yield f"{name} has shape {tuple(ours[name].shape)}, expected {tuple(tensor.shape)}"
-        elif f"{stem}.qweight" not in ours:
-            yield f"{name} is missing"
-    config, expected = (json.loads((folder / "config.json").read_text()) for folder in (variant, checkpoint))
-    for key in ("eos_token_id", "pad_token_id", "vocab_size"):
-        if config.get(key) != expected.get(key):
-            yield f"config.json has {key} {config.get(key)}, expected {expected.get(key)}"
-    if "quantization_config" not in config:
-        yield "config.json says nothing of a quantisation"
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-                yield name, handle.get_tensor(name)
-
-
-def check_gguf(file: Path, checkpoint: Path) -> Iterator[str]:
-    """What is wrong with a GGUF file, compared with its checkpoint; each problem in a sentence."""
-    import numpy as np
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
-    config = json.loads((checkpoint / "config.json").read_text())
-    tokens = json.loads((checkpoint / "tokenizer_config.json").read_text())
-
-    def found(key: str) -> Any:
-        field = reader.fields.get(key)
-        return field.contents() if field else None
-
-    expected = {
-        "tokenizer.chat_template": (checkpoint / "chat_template.jinja").read_text(encoding="utf-8"),
-        "tokenizer.ggml.eos_token_id": config["eos_token_id"],
-        "tokenizer.ggml.padding_token_id": config["pad_token_id"],
-        f"{found('general.architecture')}.context_length": config["max_position_embeddings"],
+def probes(student: Student, tokenizer: PreTrainedTokenizerFast, dataset: Path) -> dict[str, Any]:
+    """What a runtime is asked to tokenise, with the checkpoint's own ids: conversations, and a whole trace as text."""
+    first = next(_rows(dataset, "train"), None)
+    question = first["messages"][-2]["content"] if first else "What is 2 + 2?"
+    asked = {"role": "user", "content": question}
+    talks = [
+        [asked],
+        [{"role": "system", "content": "Answer briefly."}, asked],
+        [asked, {"role": "assistant", "content": "4"}, {"role": "user", "content": "Why? Ünïcödé 数学 \n\n  x² ≤ 5"}],
+    ]
+    template = TEMPLATES[student.template]
+    text = template.prefix([asked]) + template.target({"role": "assistant", "thinking": "2 + 2 = 4", "content": "4"})
+    return {
+        "conversations": [
+            {"messages": talk, "ids": tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]}
+            for talk in talks
+        ],
+        "texts": [{"text": text, "ids": tokenizer.encode(text, add_special_tokens=False)}],
     }
-    for key, value in expected.items():
-        if found(key) != value:
-            yield f"{key} is {found(key)!r}, expected {value!r}"
-    if found("tokenizer.ggml.add_bos_token") and tokens.get("bos_token"):
-        yield "tokenizer.ggml.add_bos_token is on, and the chat template writes a BOS too"
-    names = {tensor.name for tensor in reader.tensors} - {"rope_freqs.weight"}
-    count = sum(1 for _ in _tensors(checkpoint))
-    if len(names) != count:
-        yield f"it holds {len(names)} tensors, the checkpoint {count}"
-    for tensor in reader.tensors:
-        if tensor.tensor_type.name == "F32" and not np.isfinite(tensor.data).all():
-            yield f"{tensor.name} holds values that are not finite"
 
 
 if __name__ == "__main__":

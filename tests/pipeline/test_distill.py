@@ -49,8 +49,8 @@ score_teacher: false
 
 # No gates: what so small a run scores means nothing.
 VARIANTS = (
-    "{ q4_k_m: { kind: gguf, tuning_steps: 0, calibration_traces: 2, calibration_tokens: 64, "
-    "gate: { min_recovered: 0.0, max_truncation_rise: 1.0 } } }"
+    "{ q4_k_m: { importance: false, calibration_traces: 2, calibration_tokens: 64, kl_tokens: 16, "
+    "gate: { min_recovered: 0.0, max_truncation_rise: 1.0, max_kl: null } } }"
 )
 
 
@@ -111,7 +111,7 @@ def under_way(home: Path, stage: str, answered: int) -> bool:
         return work is not None and len(answers(home)) > answered
     if stage == "checkpoint":
         return any(work.glob("checkpoints/checkpoint-*/GOOD"))
-    return stage != "variants" or any(work.glob("*/quantise.log"))
+    return stage != "variants" or (work / "quantise.log").is_file()
 
 
 def kill_in(folder: Path, stage: str) -> bool:

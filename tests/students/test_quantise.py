@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from r1distill.students import quantise
+from r1distill.students import quantise, soundness
 from r1distill.students.catalogue import Student
 from r1distill.students.template import TEMPLATES, write_tokenizer
 
@@ -39,10 +39,10 @@ def test_variants_are_sound_and_kept_by_a_second_run(student, checkpoint, sums_d
     result = quantise.build(student, checkpoint, sums_dataset, tmp_path)
     result.check("variants")
     for name in student.variants:
-        for file in quantise.KEPT_FILES:
+        for file in soundness.KEPT_FILES:
             assert (tmp_path / name / file).read_bytes() == (checkpoint / file).read_bytes()
         assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "bfloat16"
-        assert list(quantise.check_tensors(tmp_path / name, checkpoint)) == []
+        assert soundness.problems(tmp_path / name, checkpoint) == []
     made = (tmp_path / "int8" / "model.safetensors").stat().st_mtime_ns
     assert quantise.build(student, checkpoint, sums_dataset, tmp_path).metrics == result.metrics
     assert (tmp_path / "int8" / "model.safetensors").stat().st_mtime_ns == made
@@ -60,7 +60,7 @@ def test_checks_find_what_is_wrong(checkpoint: Path, tmp_path: Path) -> None:
     save_file(tensors, bad / "model.safetensors")
     config = json.loads((bad / "config.json").read_text())
     (bad / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
-    found = "\n".join(quantise.check_tensors(bad, checkpoint))
+    found = "\n".join(soundness.check_tensors(bad, checkpoint))
     for problem in (
         "not finite",
         "has shape",
@@ -71,10 +71,14 @@ def test_checks_find_what_is_wrong(checkpoint: Path, tmp_path: Path) -> None:
         assert problem in found
 
 
-def test_calibration_pieces_are_long_enough(student, checkpoint, sums_dataset) -> None:
+def test_calibration_reads_the_middle_and_the_end_of_long_traces(student, checkpoint, sums_dataset) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    pieces = quantise.calibration(student, student.variants["int8"], checkpoint, sums_dataset)
-    assert pieces and all(len(tokenizer.encode(piece)) >= 64 for piece in pieces)
-    assert "</think>" in pieces[0]
+    settings = student.variants["int8"].model_copy(update={"calibration_traces": 24})
+    pieces = quantise.calibration(student, settings, tokenizer, sums_dataset)
+    assert pieces.shape[1] == 64 and len(pieces) > 10
+    text = "".join(tokenizer.decode(piece) for piece in pieces)
+    for number in (4, 9, 14):  # the longest traces: thinking of four lines
+        assert f"{number}+{number * 7}=?" in text and f"{number}+3={number + 3}" in text
+        assert f"\\boxed{{{number * 8}}}<|im_end|>" in text
