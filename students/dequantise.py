@@ -79,9 +79,9 @@ class TorchWeights:
             return _scaled(weight, self._raw(scale)) if scale in self._files else weight.float()
         if f"{stem}.qweight" not in self._files:
             return None
-        parts = (self._raw(f"{stem}.{part}") for part in ("qweight", "qzeros", "scales"))
+        words, zeros, scales = (self._raw(f"{stem}.{part}") for part in ("qweight", "qzeros", "scales"))
         unpack = {"gptq": _gptq, "awq": _awq}[self._settings["quant_method"]]
-        return unpack(*parts, bits=int(self._settings["bits"]))
+        return unpack(words, zeros, scales, int(self._settings["bits"]))
 
     def inputs(self, layer: str) -> Rounding | None:
         if f"{layer}.weight_scale" not in self._files or not self._groups:
