@@ -16,7 +16,7 @@ from r1distill.data import schema
 from r1distill.data.errors import R1DistillError
 from r1distill.data.result import Result
 from r1distill.data.settings import Benchmark, PromptSet
-from r1distill.data.sources import ReasoningGymSource, Source, records, title
+from r1distill.data.sources import FileSource, HubSource, ReasoningGymSource, Source, records, title
 
 if TYPE_CHECKING:
     from r1distill.data.decontaminate import HeldOut
@@ -49,36 +49,33 @@ def read_source(source: Source) -> Iterator[tuple[Prompt | None, str]]:
         yield from _generated(source)
         return
     for index, record in enumerate(records(source)):
-        if isinstance(record, str):
-            yield None, record
-            continue
-        question = record.get("question", record.get("prompt"))
-        if not isinstance(question, str) or not question.strip():
-            yield None, "no question"
-            continue
-        reference = record.get("reference_answer")
-        arguments = _arguments(source, record.get("verifier_args"))
-        if arguments is None:
-            yield None, "verifier_args is no JSON object"
-            continue
-        if not _is_unicode(f"{question}{reference}{arguments}"):
-            yield None, "unreadable: not Unicode"
-            continue
-        if reference is not None:
-            reference = str(reference).rpartition("####")[2].strip()  # GSM8K: the answer follows its working
-        yield (
-            _prompt(
-                source,
-                question,
-                reference or None,
-                arguments,
-                verifier=record.get("verifier") or source.verifier,
-                domain=record.get("domain") or source.domain,
-                source_id=str(record.get("source_id", record.get("id", index))),
-                license=record.get("license") or source.license,
-            ),
-            "",
-        )
+        yield (None, record) if isinstance(record, str) else prompt_of(source, index, record)
+
+
+def prompt_of(source: FileSource | HubSource, index: int, record: dict[str, Any]) -> tuple[Prompt | None, str]:
+    """The prompt row of a source's record, or (None, the reason why it is none)."""
+    question = record.get("question", record.get("prompt"))
+    if not isinstance(question, str) or not question.strip():
+        return None, "no question"
+    reference = record.get("reference_answer")
+    arguments = _arguments(source, record.get("verifier_args"))
+    if arguments is None:
+        return None, "verifier_args is no JSON object"
+    if not _is_unicode(f"{question}{reference}{arguments}"):
+        return None, "unreadable: not Unicode"
+    if reference is not None:
+        reference = str(reference).rpartition("####")[2].strip()  # GSM8K: the answer follows its working
+    row = _prompt(
+        source,
+        question,
+        reference or None,
+        arguments,
+        verifier=record.get("verifier") or source.verifier,
+        domain=record.get("domain") or source.domain,
+        source_id=str(record.get("source_id", record.get("id", index))),
+        license=record.get("license") or source.license,
+    )
+    return row, ""
 
 
 def _is_unicode(text: str) -> bool:

@@ -5,9 +5,9 @@ They stand apart from the code that uses them, so that planning and `--help` loa
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat
 
 from r1distill.data.config import Settings, execution
 from r1distill.data.sources import Source
@@ -86,13 +86,53 @@ class PromptSet(Settings):
     dataset: Selection = Selection()
 
 
+class Plain(Settings):
+    """A question in one column, asked as it stands, with the benchmark's ``instruction`` behind it."""
+
+    kind: Literal["plain"] = "plain"
+
+
+class Choices(Settings):
+    """Multiple choice: the right and the wrong choices in columns of their own, shuffled for each question by a seed.
+
+    ``prompt`` holds {question} and {choices}, which are laid out line by line as "A) ...".
+    """
+
+    kind: Literal["choices"]
+    right: str
+    wrong: tuple[str, ...] = Field(min_length=1, max_length=9)
+    seed: int = 0
+    prompt: str
+
+
+Day = Annotated[str, BeforeValidator(str), Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
+class LiveCodeBench(Settings):
+    """Problems of livecodebench/code_generation_lite: those of a release, asked in contests from ``first`` to ``last``.
+
+    ``stdin`` and ``starter`` are the prompts of problems without and with starter code; they hold {question} and
+    {starter}.
+    """
+
+    kind: Literal["livecodebench"]
+    release: int = Field(ge=1)  # release_v5 is the files test.jsonl, test2.jsonl … test5.jsonl
+    first: Day
+    last: Day
+    stdin: str
+    starter: str
+
+
 class Benchmark(Settings):
     """One benchmark; ``configs/benchmarks/<name>.yaml``. Sampling is DeepSeek's unless its file says why not."""
 
     name: str = execution()
     title: str
     source: Source
+    layout: Annotated[Plain | Choices | LiveCodeBench, Field(discriminator="kind")] = Plain()
     instruction: str | dict[str, str] = ""
+    private: bool = False  # its text must not be shown: no artifact holds more than ids, letters and verdicts
+    difficulty: str | None = None  # the source's column that says how hard a question is
     k: int = Field(gt=0)  # samples a question
     limit: int | None = None
     temperature: float = 0.6

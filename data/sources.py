@@ -70,6 +70,7 @@ class HubSource(_Columns):
     revision: str = "main"
     config: str | None = None
     split: str = "train"
+    files: tuple[str, ...] = ()  # JSONL or Parquet files of the repository, in place of what its card makes of them
 
 
 Source = Annotated[ReasoningGymSource | FileSource | HubSource, Field(discriminator="kind")]
@@ -191,6 +192,20 @@ def _folder_rows(path: Path) -> Iterator[Record | str]:
 
 
 def _hub_rows(source: HubSource) -> Iterator[Record | str]:
-    from datasets import load_dataset
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
 
-    yield from load_dataset(source.repo, source.config, split=source.split, revision=revision(source), streaming=True)
+    commit = revision(source)
+    try:
+        for name in source.files:
+            yield from file_rows(Path(hf_hub_download(source.repo, name, repo_type="dataset", revision=commit)))
+        if not source.files:
+            from datasets import load_dataset
+
+            yield from load_dataset(source.repo, source.config, split=source.split, revision=commit, streaming=True)
+    except (HTTPError, OSError, ValueError) as error:  # datasets says ValueError for a config or split that isn't there
+        raise RequestError(
+            f"the dataset {source.repo} can't be read ({type(error).__name__}: {str(error)[:300]}). Check the network; "
+            f"if it is gated, ask for access at https://huggingface.co/datasets/{source.repo} and set HF_TOKEN; or use "
+            "a local copy: a source of kind 'file'."
+        ) from None

@@ -61,6 +61,7 @@ def item(prompt: dict[str, Any] | None, trace: dict[str, Any]) -> Item:
         verifier_args=about.get("verifier_args") or "{}",
         domain=about.get("domain") or "",
         problem="" if prompt else "the trace answers no known prompt",
+        completion_tokens=trace["completion_tokens"],
     )
 
 
@@ -72,13 +73,17 @@ def judge(settings: VerdictSettings, items: Iterable[Item]) -> Generator[Judged,
 
 def _examined(settings: VerdictSettings, wanted: Iterable[Wanted]) -> Generator[Found, None, None]:
     """Run some checks on each item, in processes that can be killed."""
-    workers = settings.workers or min(16, os.cpu_count() or 1)
     inputs = ((one, checks, settings) for one, checks in wanted)
-    for (one, checks, _), findings in pool.ordered(_examine, inputs, workers, _seconds):
+    for (one, checks, _), findings in pool.ordered(_examine, inputs, workers(settings), _seconds):
         if isinstance(findings, str):  # filters are quick: what hung or died was the verifier
             others = _examine(one, [check for check in checks if check not in MAY_HANG], settings)
             findings = others | {check: unverifiable(findings) for check in checks if check in MAY_HANG}
         yield one, findings
+
+
+def workers(settings: VerdictSettings) -> int:
+    """How many processes check: as the settings say, else one for each core, at most 16."""
+    return settings.workers or min(16, os.cpu_count() or 1)
 
 
 def _seconds(one: Item, checks: Sequence[CheckName], settings: VerdictSettings) -> float:
@@ -169,7 +174,7 @@ _RULES: dict[CheckName, tuple[str, ...]] = {
     "repetition": ("limits.max_repeated_share",),
     "language": ("limits.max_foreign_words", "limits.min_target_share"),
 }
-_CONTENT = [field.name for field in fields(Item) if field.name not in ("prompt_id", "sample")]
+_CONTENT = [field.name for field in fields(Item) if field.name not in ("prompt_id", "sample", "completion_tokens")]
 
 
 def build(
@@ -199,7 +204,7 @@ def build(
     with Findings(home / "findings") as findings:
         with cluster.connected(ray_address) if ray_address else nullcontext():
             examined = _examined_on_ray if ray_address else _examined
-            _make_missing(settings, items(), table.num_rows, findings, examined)
+            _make_missing(settings, CHECKS, items(), table.num_rows, findings, examined)
         if settings.judge and judge is None:
             raise R1DistillError("the verdicts' settings name a judge, and there is nobody to ask it: pass judge.")
         if judge:
@@ -207,8 +212,29 @@ def build(
         return _written(settings, items(), findings, out, judge)
 
 
+def examine(
+    settings: VerdictSettings, checks: Sequence[CheckName], items: Callable[[], Iterable[Item]], count: int, home: Path
+) -> Generator[Found, None, None]:
+    """Some checks on each item, in order, as ``home/findings`` has them; what it lacks is made first.
+
+    ``items`` are gone through twice, a batch in memory at a time; there are ``count`` of them, for the progress bar.
+    """
+    with Findings(home / "findings") as findings:
+        _make_missing(settings, checks, items(), count, findings, _examined)
+        for batch in _batches(items()):
+            keys = [_keys(one, settings, checks) for one in batch]
+            known = findings.known(key for each in keys for key in each.values())
+            for one, each in zip(batch, keys, strict=True):
+                yield one, {check: known[key] for check, key in each.items()}
+
+
 def _make_missing(
-    settings: VerdictSettings, items: Iterable[Item], count: int, findings: Findings, examine: Examine
+    settings: VerdictSettings,
+    checks: Sequence[CheckName],
+    items: Iterable[Item],
+    count: int,
+    findings: Findings,
+    examine: Examine,
 ) -> None:
     from tqdm import tqdm
 
@@ -216,7 +242,7 @@ def _make_missing(
 
         def missing() -> Iterator[Wanted]:
             for batch in _batches(items):
-                keys = [_keys(one, settings) for one in batch]
+                keys = [_keys(one, settings, checks) for one in batch]
                 known = findings.known(key for each in keys for key in each.values())
                 for one, each in zip(batch, keys, strict=True):
                     if lacking := [check for check, key in each.items() if key not in known]:
@@ -226,7 +252,7 @@ def _make_missing(
 
         with closing(examine(settings, missing())) as examined:
             for batch in _batches(examined):
-                made = [(_keys(one, settings), found) for one, found in batch]
+                made = [(_keys(one, settings, checks), found) for one, found in batch]
                 findings.add({keys[check]: finding for keys, found in made for check, finding in found.items()})
                 progress.update(len(batch))
 
@@ -304,7 +330,7 @@ def _settled(settings: VerdictSettings, judged: Judged, findings: Findings, judg
     return settled
 
 
-def _keys(one: Item, settings: VerdictSettings) -> dict[CheckName, bytes]:
+def _keys(one: Item, settings: VerdictSettings, checks: Sequence[CheckName] = CHECKS) -> dict[CheckName, bytes]:
     """Under what each check's finding on this item is kept."""
     content = content_key(*(getattr(one, name) for name in _CONTENT))
     values: dict[str, Any] = {"timeout_seconds": settings.timeout_seconds, "limits": settings.limits.model_dump()}
@@ -316,7 +342,7 @@ def _keys(one: Item, settings: VerdictSettings) -> dict[CheckName, bytes]:
         if check == "correctness" and one.verifier == "code":
             yield settings.code.model_dump(mode="json")
 
-    return {check: finding_key(content, check, _version(one, check), *rule(check)) for check in CHECKS}
+    return {check: finding_key(content, check, _version(one, check), *rule(check)) for check in checks}
 
 
 def _judge_key(one: Item, judge: Judge) -> bytes:

@@ -78,7 +78,7 @@ def distill(
         run.check_held_out()
     plan.check(run.student, run.teacher, run.hardware, stages=stages if pilot is None else ["prompts", "traces"])
     if "verdicts" in stages or pilot is not None:
-        run.check_sandbox()
+        run.check_sandbox(scored="scores" in stages)
     steps = runner.chain(run, until)
     done: list[runner.Done] = []
     failed: list[str] = []

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1distill.data import models, sources
+from r1distill.data import hub, models, sources
 from r1distill.data.config import load, nearest, parse_overrides
 from r1distill.data.errors import RequestError
 from r1distill.data.settings import Benchmark, PromptSet
@@ -86,15 +86,26 @@ class Run:
                 f"not kept apart from. Say so: --set 'prompts.decontaminate.against={[*apart, *missing]}'"
             )
 
-    def check_sandbox(self) -> None:
-        """Raise RequestError, before a teacher is paid, where generated code is to be judged and can't be run."""
-        if any(source.verifier == "code" for source in self.prompts.sources):
+    def check_sandbox(self, scored: bool = False) -> None:
+        """Raise RequestError, before a teacher is paid, where generated code is to be judged and can't be run: that of
+        the traces, and of the answers to benchmarks where the student is to be ``scored``."""
+        asked = [*self.prompts.sources, *(bench.source for bench in self.benchmarks if scored)]
+        if any(source.verifier == "code" for source in asked):
             sandbox.require()
 
     @cached_property
     def base_revision(self) -> str:
         """The commit (package version, content hash) of the student's base model."""
         return models.revision(self.student.base)
+
+    @cached_property
+    def twin_revision(self) -> str | None:
+        """The commit of the published checkpoint, or the content of a recorded run of it."""
+        if (twin := self.student.twin) is None:
+            return None
+        if twin.recorded is not None:
+            return sources.revision(twin.recorded)
+        return hub.commit("model", twin.repo, twin.revision)
 
     @cached_property
     def teacher_revision(self) -> str:
@@ -113,7 +124,10 @@ class Run:
             "sources": [[source.identity(), sources.revision(source)] for source in self.prompts.sources],
             "near_duplicates": self.prompts.near_duplicates and self.prompts.near_duplicates.identity(),
             "decontaminate": self.prompts.decontaminate.identity(),
-            "against": [[bench.source.identity(), sources.revision(bench.source)] for bench in self.held_out],
+            "against": [
+                [bench.source.identity(), bench.layout.identity(), sources.revision(bench.source)]
+                for bench in self.held_out
+            ],
         }
 
     def identity_of_teacher(self) -> dict[str, Any]:
@@ -143,7 +157,7 @@ class Run:
         whole = self.student.identity()
         return {
             "benchmarks": [[bench.identity(), sources.revision(bench.source)] for bench in self.benchmarks],
-            "verdicts": self.prompts.verdicts.identity(),
+            "twin": [whole["twin"], self.twin_revision],
             "gate": whole["gate"],
             "variant_gates": {name: settings.get("gate") for name, settings in whole["variants"].items()},
             "base": [whole["base"], self.base_revision],

@@ -1,217 +1,149 @@
-"""Scores: every model served in the runtime its users have, sampled alike, judged by the same verifiers.
+"""Scores: base, teacher, student, each variant and the published twin, judged alike and held against what is published.
 
-Accuracy is the mean over k samples a question, with a bootstrap 95% interval over questions. A truncated, refused or
-unreadable answer is wrong, and counted as what it is. The ledger keeps every answer, so a killed evaluation asks
-nothing twice.
+Every figure comes with its interval (``metrics``); a difference is called one only where a paired bootstrap over
+questions says so; and a student's scores count only where this harness reproduces the published figures on the
+published checkpoint of the same size (``published``).
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from r1distill.data import models, verdicts
-from r1distill.data.benchmarks import questions
-from r1distill.data.prompts import user_message
+from r1distill.data import models, sources
+from r1distill.data.models import HubModel
 from r1distill.data.result import Result
 from r1distill.data.settings import Benchmark
-from r1distill.pipeline.gates import held, variant
+from r1distill.pipeline import evaluation, published
+from r1distill.pipeline.evaluation import Contender, context_tokens, folder_spec
+from r1distill.pipeline.gates import Verdict, held, variant
+from r1distill.pipeline.metrics import paired, question_means, summary
 from r1distill.pipeline.run import Run
-from r1distill.teacher.ledger import Ledger
-from r1distill.teacher.sample import Order, Request, ask, pending, rows
-from r1distill.teacher.serve import LlamaSpec, VllmSpec, in_turn, spec_of
-from r1distill.teacher.settings import Client, EndpointTeacher, RecordedTeacher, Sampling
+from r1distill.teacher.serve import LlamaSpec, VllmSpec, spec_of
+from r1distill.teacher.settings import RecordedTeacher
 
-BOOTSTRAPS = 2000
-PLAIN_TEMPLATE = "{{ messages[-1]['content'] }}\n"  # for base models that have no chat template
-
-ANSWER = pa.schema(
-    [
-        ("model", pa.string()),
-        ("benchmark", pa.string()),
-        ("prompt_id", pa.string()),
-        ("sample", pa.int64()),
-        ("completion", pa.string()),
-        ("correct", pa.bool_()),
-        ("reason", pa.string()),
-        ("completion_tokens", pa.int64()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A model to be scored: how to serve it, which revision it is, and how many questions it gets (None: all)."""
-
-    name: str
-    spec: VllmSpec | LlamaSpec | EndpointTeacher
-    revision: str
-    size_bytes: int | None
-    opens_thinking: bool
-    limit: int | None = None
-
-    @property
-    def runtime(self) -> str:
-        return {VllmSpec: "vllm", LlamaSpec: "llama.cpp", EndpointTeacher: "endpoint"}[type(self.spec)]
+Rows = list[dict[str, Any]]
 
 
 def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
-    """Serve and judge base, teacher, student and every variant; write scores.json and answers.parquet.
+    """Serve and judge base, teacher, twin, student and every variant; write scores.json and answers.parquet.
 
     Counts are of answers: read = asked for, kept = correct, the others by what was wrong with them.
     """
     everyone = list(contenders(run, checkpoint, variants))
-    answers = list(_answers(run, everyone))
-    benchmarks: dict[str, Any] = {}
-    for bench in run.benchmarks:
-        found = [row for row in answers if row["benchmark"] == bench.name]
-        models = {
-            one.name: {
-                **summary([row for row in found if row["model"] == one.name]),
-                "size_bytes": one.size_bytes,
-                "runtime": one.runtime,
-            }
-            for one in everyone
-        }
-        benchmarks[bench.name] = {"title": bench.title, "models": models}
-    verdicts_of_gates = gates(run, answers)
-    scores = {"benchmarks": benchmarks, "gates": verdicts_of_gates}
+    answers = evaluation.answers(run.benchmarks, everyone, run.home, out, run.prompts.verdicts.workers)
+    twin = run.student.twin
+    repo = twin.repo if twin else None
+    benchmarks = {bench.name: table(bench, everyone, answers, repo) for bench in run.benchmarks}
+    reproduction = reproduced(run.benchmarks, repo, benchmarks)
+    verdicts = gates(run, answers) + harness_gate(reproduction)
+    scores = {"benchmarks": benchmarks, "reproduction": reproduction, "gates": verdicts}
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
-    pq.write_table(pa.Table.from_pylist(answers, schema=ANSWER), out / "answers.parquet", compression="zstd")
+    return account(answers, scores, [gate["model"] for gate in verdicts if not gate["passed"]])
+
+
+def account(answers: Rows, scores: dict[str, Any], failed: list[str]) -> Result:
+    """Where the answers went."""
     wrong = Counter(row["reason"] for row in answers if not row["correct"])
-    correct = len(answers) - wrong.total()
-    failed = [gate["model"] for gate in verdicts_of_gates if not gate["passed"]]
-    return Result(len(answers), correct, dict(wrong), {"scores": scores}, failed, unit="answers")
+    return Result(len(answers), len(answers) - wrong.total(), dict(wrong), {"scores": scores}, failed, unit="answers")
 
 
 def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender]:
-    """Base, teacher, student, then the variants, in the order of the report."""
+    """Base, teacher, twin, student, then the variants, in the order of the report."""
     student = run.student
     base = models.materialise(student.base, run.home)
-    yield Contender(
-        "base", _vllm(run, base, "base"), f"{models.title(student.base)}@{run.base_revision}", _size(base), False
-    )
+    spec, opens = _vllm(run, base, "base")
+    yield Contender("base", spec, f"{models.title(student.base)}@{run.base_revision}", _size(base), opens)
     if run.scores_teacher:
         assert not isinstance(run.teacher, RecordedTeacher)
-        spec = spec_of(run.teacher, run.home, ray_address=run.hardware.ray_address)
-        size = _size(Path(spec.model)) if isinstance(spec, VllmSpec) and Path(spec.model).is_dir() else None
+        teacher = spec_of(run.teacher, run.home, ray_address=run.hardware.ray_address)
+        size = _size(Path(teacher.model)) if isinstance(teacher, VllmSpec) and Path(teacher.model).is_dir() else None
         opens = getattr(run.teacher, "opens_thinking", False)
-        yield Contender("teacher", spec, run.teacher_revision, size, opens)
+        yield Contender("teacher", teacher, run.teacher_revision, size, opens)
+    if student.twin and any(published.figure(student.twin.repo, bench.name) for bench in run.benchmarks):
+        yield twin(run)
     mark = checkpoint.name
-    yield Contender("student", _vllm(run, checkpoint, student.name), mark, _size(checkpoint), True)
+    spec, opens = _vllm(run, checkpoint, student.name)
+    yield Contender("student", spec, mark, _size(checkpoint), opens)
     for name, settings in student.variants.items():
         folder, few = variants / name, student.variant_questions
         if settings.kind == "gguf":
             file = next(folder.glob("*.gguf"))
-            llama = LlamaSpec(gguf=file, served_name=name, context_tokens=_context(run), slots=4)
+            llama = LlamaSpec(gguf=file, served_name=name, context_tokens=context_tokens(run.benchmarks), slots=4)
             yield Contender(name, llama, f"{mark}/{name}", file.stat().st_size, True, few)
         else:
-            yield Contender(name, _vllm(run, folder, name), f"{mark}/{name}", _size(folder), True, few)
+            spec, opens = _vllm(run, folder, name)
+            yield Contender(name, spec, f"{mark}/{name}", _size(folder), opens, few)
 
 
-def _answers(run: Run, everyone: list[Contender]) -> Iterator[dict[str, Any]]:
-    """Rows of ANSWER of all contenders: everybody is asked first, then everything is judged."""
-    with Ledger(run.home / "ledger") as ledger:
-        asked = [_Asked(bench, one) for one in everyone for bench in run.benchmarks]
-        _ask(run, [one for one in asked if pending(one.order, ledger)], ledger)
-        traces = [(one, trace) for one in asked for trace in rows(one.order, ledger)]
-    items = [verdicts.item(one.questions[trace["prompt_id"]], trace) for one, trace in traces]
-    for (one, trace), judged in zip(traces, verdicts.judge(run.prompts.verdicts, items), strict=True):
-        yield {
-            "model": one.contender.name,
-            "benchmark": one.benchmark,
-            "prompt_id": judged.item.prompt_id,
-            "sample": judged.item.sample,
-            "completion": judged.item.completion,
-            **_correct(judged),
-            "completion_tokens": trace["completion_tokens"] or 0,
-        }
-
-
-def _ask(run: Run, wanted: list[_Asked], ledger: Ledger) -> None:
-    """Serve each contender once and ask it for all of its benchmarks."""
-    by_contender: dict[str, list[_Asked]] = {}
-    for one in wanted:
-        by_contender.setdefault(one.contender.name, []).append(one)
-    specs = [orders[0].contender.spec for orders in by_contender.values()]
-    with closing(in_turn(specs, run.home / "logs")) as endpoints:
-        for endpoint, orders in zip(endpoints, by_contender.values(), strict=True):
-            for one in orders:
-                ask(one.order, endpoint, ledger, Client(), f"{one.contender.name} on {one.benchmark}")
-
-
-class _Asked:
-    """A benchmark's questions and what a contender is asked of them."""
-
-    def __init__(self, benchmark: Benchmark, contender: Contender):
-        self.benchmark, self.contender = benchmark.name, contender
-        everything = questions(benchmark)
-        few = contender.limit or len(everything)  # spread over the whole benchmark, whose order may be by task
-        spread = everything[:: max(1, len(everything) // few)][:few]
-        self.questions = {row["prompt_id"]: row for row in spread}
-        requests = [
-            Request(key, number, [{"role": "user", "content": user_message(row, benchmark.instruction)}])
-            for key, row in self.questions.items()
-            for number in range(benchmark.k)
-        ]
-        sampling = Sampling(
-            temperature=benchmark.temperature,
-            top_p=benchmark.top_p,
-            max_tokens=benchmark.max_tokens,
-            samples=benchmark.k,
-            seed=benchmark.seed,
+def twin(run: Run) -> Contender:
+    """The published checkpoint of the student's size, or a recorded run of it."""
+    settings = run.student.twin
+    assert settings is not None
+    if settings.recorded is not None:
+        run_of_it = RecordedTeacher(
+            kind="recorded", name="twin", prompts="", source=settings.recorded, model=settings.repo, opens_thinking=True
         )
-        identity = {"purpose": "scores", "model": contender.name, "revision": contender.revision}
-        self.order = Order(requests, sampling, identity, contender.opens_thinking)
+        return Contender("twin", run_of_it, sources.revision(settings.recorded), None, True)
+    ref = HubModel(kind="hub", repo=settings.repo, revision=settings.revision)
+    folder = models.materialise(ref, run.home)
+    spec, opens = _vllm(run, folder, "twin")
+    return Contender("twin", spec, f"{settings.repo}@{models.revision(ref)}", _size(folder), opens)
 
 
-def _correct(judged: verdicts.Judged) -> dict[str, Any]:
-    """An answer counts when it ended by itself and its final answer is right, whatever its form."""
-    if judged.item.state != "done":
-        return {"correct": False, "reason": judged.item.state}
-    verdict = next(row for row in judged.verdicts if row["check"] == "correctness")
-    right = verdict["outcome"] == "pass"
-    return {"correct": right, "reason": None if right else f"correctness: {verdict['reason']}"}
-
-
-def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy with its bootstrap 95% interval over questions, truncation rate and mean tokens of ANSWER rows."""
-    means = _question_means(answers)
-    low, high = interval(list(means.values()))
+def table(bench: Benchmark, everyone: Sequence[Contender], answers: Rows, repo: str | None) -> dict[str, Any]:
+    """One benchmark's part of scores.json: settings, a summary of each model, comparisons, and what is published."""
+    found = [row for row in answers if row["benchmark"] == bench.name]
+    by_model = {one.name: [row for row in found if row["model"] == one.name] for one in everyone}
+    figure = published.figure(repo, bench.name)
     return {
-        "accuracy": sum(means.values()) / len(means),
-        "low": low,
-        "high": high,
-        "questions": len(means),
-        "k": len(answers) // len(means),
-        "truncated": sum(row["reason"] == "truncated" for row in answers) / len(answers),
-        "mean_tokens": sum(row["completion_tokens"] for row in answers) / len(answers),
+        "title": bench.title,
+        "settings": {
+            "revision": sources.revision(bench.source),
+            **{name: getattr(bench, name) for name in ("k", "temperature", "top_p", "max_tokens", "limit")},
+        },
+        "models": {
+            one.name: {**summary(by_model[one.name]), "size_bytes": one.size_bytes, "runtime": one.runtime}
+            for one in everyone
+        },
+        "comparisons": list(comparisons(by_model)),
+        "published": figure and figure.as_dict(),
     }
 
 
-def _question_means(answers: list[dict[str, Any]]) -> dict[str, float]:
-    by_question: dict[str, list[bool]] = {}
-    for row in answers:
-        by_question.setdefault(row["prompt_id"], []).append(row["correct"])
-    return {key: sum(values) / len(values) for key, values in by_question.items()}
+def comparisons(by_model: dict[str, Rows]) -> Iterator[dict[str, Any]]:
+    """The student against everybody, and each variant against the student, over the questions that both were asked."""
+    means = {name: question_means(rows) for name, rows in by_model.items()}
+    if "student" not in means:
+        return
+    for name in means:
+        if name == "student":
+            continue
+        of, against = ("student", name) if name in ("base", "teacher", "twin") else (name, "student")
+        yield {"model": of, "against": against, **paired(means[of], means[against])}
 
 
-def interval(means: list[float], seed: int = 0) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile of the mean when questions are drawn with replacement."""
-    import numpy as np
+def reproduced(wanted: Sequence[Benchmark], repo: str | None, tables: dict[str, Any]) -> dict[str, Any]:
+    """Whether the harness gives the published figures on the twin: {applies, passed, reason, checks}."""
+    if repo is None:
+        return {"applies": False, "passed": None, "checks": [], "reason": "no checkpoint of this size is published"}
+    twins = ((bench, tables[bench.name]["models"].get("twin")) for bench in wanted)
+    checks = [check for bench, its in twins if its and (check := published.reproduced(bench, repo, its))]
+    if not checks:
+        reason = f"{repo} has no published figure on {', '.join(bench.name for bench in wanted)}"
+        return {"applies": False, "passed": None, "checks": [], "reason": reason}
+    return {"applies": True, "passed": all(check["passed"] for check in checks), "checks": checks, "reason": None}
 
-    values = np.asarray(means)
-    draws = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAPS, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+
+def harness_gate(reproduction: dict[str, Any]) -> list[Verdict]:
+    """The checkpoint's scores count only where the harness reproduces what is published."""
+    return [
+        {"name": "reproduction", "model": "checkpoint", "passed": check["passed"], "message": check["message"]}
+        for check in reproduction["checks"]
+    ]
 
 
 def gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,27 +168,9 @@ def gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _vllm(run: Run, folder: Path, name: str) -> VllmSpec:
+def _vllm(run: Run, folder: Path, name: str) -> tuple[VllmSpec, bool]:
     """Serve a local folder with this machine's GPUs, or on the CPU."""
-    options: dict[str, Any] = {"max-model-len": _context(run), **run.student.serve_options}
-    if not _has_template(folder):
-        template = run.home / "plain_template.jinja"
-        template.write_text(PLAIN_TEMPLATE)
-        options["chat-template"] = str(template)
-    return VllmSpec(model=str(folder), served_name=name, options=options)
-
-
-def _context(run: Run) -> int:
-    """Room for the longest answer and 2,048 tokens of question (256 where answers are short)."""
-    longest = max(bench.max_tokens for bench in run.benchmarks)
-    return longest + (2048 if longest > 2048 else 256)
-
-
-def _has_template(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
+    return folder_spec(folder, name, run.benchmarks, run.student.serve_options, run.home)
 
 
 def _size(folder: Path) -> int:

@@ -140,6 +140,7 @@ def scores(student: Student, teacher: Teacher, hardware: Hardware, benchmarks: S
     """The largest model that is served for the scores beside the teacher, which is planned under traces."""
     model = footprint.of_architecture(student.name, student.architecture)
     asked = 2 + len(student.variants) + (student.score_teacher and not isinstance(teacher, RecordedTeacher))
+    asked += student.twin is not None and student.twin.recorded is None
     work = questions_asked(benchmarks, asked)
     name = f"serve {student.name}, its base and {len(student.variants)} variants, one after the other"
     if not hardware.gpus:

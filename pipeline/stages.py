@@ -148,10 +148,13 @@ def variants(run: Run, inputs: Inputs, out: Path) -> Result:
 
 
 @stage(
-    reads=("checkpoint", "variants"), label=lambda run: run.student.name, decides=lambda run: run.identity_of_scores()
+    reads=("checkpoint", "variants"),
+    version=2,
+    label=lambda run: run.student.name,
+    decides=lambda run: run.identity_of_scores(),
 )
 def scores(run: Run, inputs: Inputs, out: Path) -> Result:
-    """Base, teacher, student and each variant served, sampled and judged; the gates' verdicts."""
+    """Base, teacher, twin, student and each variant served, sampled and judged; the gates' verdicts."""
     from r1distill.pipeline import scores
 
     return scores.build(run, inputs["checkpoint"], inputs["variants"], out)

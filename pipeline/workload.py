@@ -14,8 +14,9 @@ from r1distill.teacher.settings import RecordedTeacher, Teacher
 RECIPE_TRACES = 804_745
 RECIPE_MEAN_TOKENS = 5_355
 
-# Questions of public benchmarks, for those files that set no limit.
-QUESTIONS = {"aime2024": 30, "aime2025": 30, "math500": 500, "gpqa-diamond": 198, "gsm8k": 1_319}
+# Questions of public benchmarks, for those files that set no limit. LiveCodeBench's card: release 5 has 880 problems,
+# and release 3, which ends in July 2024, 612.
+QUESTIONS = {"aime2024": 30, "aime2025": 30, "math500": 500, "gpqa-diamond": 198, "livecodebench": 268, "gsm8k": 1_319}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from r1distill.data.config import Settings, execution
 from r1distill.data.models import ModelRef
+from r1distill.data.sources import FileSource, HubSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -239,6 +240,18 @@ class Gate(Settings):
     min_share_of_teacher: float | None = None
 
 
+class Twin(Settings):
+    """The published checkpoint of the same size: scored before the student's own scores count.
+
+    ``recorded`` is a run of it that exists already: rows with question, completion (or reasoning, response) and
+    finish_reason, several for a question.
+    """
+
+    repo: str
+    revision: str = "main"
+    recorded: Annotated[FileSource | HubSource, Field(discriminator="kind")] | None = None
+
+
 class Publication(Settings):
     """Where it goes and under which terms. A repository without an owner goes to the uploading account."""
 
@@ -260,6 +273,7 @@ class Student(Settings):
     sft: Sft
     variants: dict[str, Variant] = Field({})
     gate: Gate = Gate()
+    twin: Twin | None = None  # null: nobody has published one
     benchmarks: list[str] = Field(min_length=1)
     publication: Publication
     teacher: str = execution()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,37 @@ def build(teacher: RecordedTeacher, prompts: Path, out: Path) -> Result:
     Counts are of recorded rows: kept are those that ended by themselves.
     """
     wanted = set(schema.read(prompts, schema.PROMPT)["prompt_id"].to_pylist())
-    revision = teacher.revision or sources.revision(teacher.source)
     answers: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     kept = 0
     with schema.writing(out, schema.TRACE) as table:
-        for record in sources.records(teacher.source):
-            question = record if isinstance(record, str) else record.get("question", record.get("prompt"))
-            if isinstance(record, str) or not isinstance(question, str):
-                rejected[record if isinstance(record, str) else "no question"] += 1
+        for row in rows(teacher, wanted):
+            if isinstance(row, str):
+                rejected[row] += 1
                 continue
-            key = prompt_id(question)
-            if key not in wanted:
-                rejected["its question is not among the prompts"] += 1
-                continue
-            row = _row(teacher, revision, key, answers[key], question, record)
-            answers[key] += 1
+            answers[row["prompt_id"]] += 1
             kept += row["state"] == "done"
             rejected[row["state"]] += row["state"] != "done"
             table.append(row)
     metrics = {"prompts_without_a_trace": len(wanted) - len(answers), "completion_tokens": None}
     return Result(kept + rejected.total(), kept, dict(+rejected), metrics)
+
+
+def rows(teacher: RecordedTeacher, wanted: Collection[str]) -> Iterator[dict[str, Any] | str]:
+    """TRACE rows of the recorded answers to the ``wanted`` prompt ids, numbered; or why a recorded row gives none."""
+    revision = teacher.revision or sources.revision(teacher.source)
+    answers: Counter[str] = Counter()
+    for record in sources.records(teacher.source):
+        question = record if isinstance(record, str) else record.get("question", record.get("prompt"))
+        if isinstance(record, str) or not isinstance(question, str):
+            yield record if isinstance(record, str) else "no question"
+            continue
+        key = prompt_id(question)
+        if key not in wanted:
+            yield "its question is not among the prompts"
+            continue
+        yield _row(teacher, revision, key, answers[key], question, record)
+        answers[key] += 1
 
 
 def _row(

@@ -52,7 +52,7 @@ def examine(response: str, reference: str, question: str = "", choices: Sequence
     the text of a choice. ``choices`` are their texts in order; without them they are looked for in the ``question``."""
     if not response.strip():
         return failed("no response after the thinking")
-    texts = [_plain(text) for text in (choices if choices is not None else _choices_in(question))][: len(LETTERS)]
+    texts = _texts(question, choices)
     wanted = _letters(_clean(reference), texts)
     if not wanted:
         return unverifiable("the reference names no choice", _short(reference))
@@ -68,6 +68,18 @@ def examine(response: str, reference: str, question: str = "", choices: Sequence
     if len(wanted) == 1 < len(found[0]):
         return unverifiable("the response settles on several choices", detail)
     return failed("wrong answer", detail)
+
+
+def letters_of(response: str, question: str = "", choices: Sequence[str] | None = None) -> str | None:
+    """The letters that a response settles on ("B", "A, C"); None where it settles on none, or on several."""
+    texts = _texts(question, choices)
+    found = {letters for one in _statements(response, texts) if (letters := _letters(_clean(one), texts))}
+    return _joined(found.pop()) if len(found) == 1 else None
+
+
+def _texts(question: str, choices: Sequence[str] | None) -> list[str]:
+    """The choices' texts as they are compared: those given, or those that the question lists."""
+    return [_plain(text) for text in (choices if choices is not None else _choices_in(question))][: len(LETTERS)]
 
 
 def _statements(response: str, texts: list[str]) -> list[str]:

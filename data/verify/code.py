@@ -5,15 +5,19 @@ A prompt's ``verifier_args`` say what the tests are:
 - {"kind": "stdin", "inputs": [str], "outputs": [str], "tolerance": float, optional}: the program reads an input and
   writes the output. Outputs are compared by lines, without the space at their ends and the blank lines behind them;
   with a tolerance also number by number (an absolute or a relative error up to it). code_contests, LiveCodeBench.
+- {"kind": "call", "function": str, "inputs": [str], "outputs": [str]}: the function, or the method of a class Solution,
+  is called with the JSON values of an input's lines, and its result is the JSON value of the output.
+- {"kind": "livecodebench", ...}: the tests of that data set, packed (see ``livecodebench``).
 - {"kind": "asserts", "tests": [str], "setup": str, optional}: statements that must not raise, in the program's own
   namespace, after ``setup`` and the program. MBPP.
 - {"kind": "function", "entry_point": str, "test": str, "setup": str, optional}: ``test`` defines ``check(candidate)``.
   HumanEval, whose prompts are the ``setup``: answers often leave out their imports and helpers.
 
-The expected outputs never enter the sandbox: a program can't pass the first kind without computing them. In the other
-two the tests share the program's process. Ending early or printing passes nothing there (a random token reports what
-has passed), but a program written against this very checker could search the interpreter for the token, or return an
-object that equals everything. Prefer ``stdin`` where a task offers both.
+With the first two, a ``setup`` runs before the program. Their expected outputs never enter the sandbox: a program
+can't pass without computing them. In the last two the tests share the program's process. Ending early or printing
+passes nothing there (a random token reports what has passed), but a program written against this very checker could
+search the interpreter for the token, or return an object that equals everything. Prefer ``stdin`` where a task offers
+both.
 """
 
 from __future__ import annotations
@@ -26,17 +30,26 @@ import secrets
 import textwrap
 import warnings
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from r1distill.data.verify import checker
+from r1distill.data.verify import checker, livecodebench
 from r1distill.data.verify.check import Finding, failed, passed, unverifiable
 from r1distill.data.verify.sandbox import Run, Sandbox, SandboxError, SandboxSettings, opened, unavailable
 
 VERSION = "code 1"
 
 _BLOCK = re.compile(r"^[ \t]*(?P<fence>```+|~~~+)[ \t]*(?P<label>[^\s`]*)[^\n`]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)", re.M | re.S)  # fmt: skip # noqa: E501
+# What calls a function: a line "token result" behind everything that the program itself has written.
+_CALL = """
+import json as _json, sys as _sys
+_function = getattr(Solution(), {name!r}) if "Solution" in globals() else {name}
+_given = [_json.loads(_line) for _line in _sys.stdin.read().split("\\n") if _line.strip()]
+_sys.__stdout__.write("\\n" + {token!r} + " " + _json.dumps(_function(*_given)) + "\\n")
+"""
+_FUTURE = re.compile(r"^from __future__ import .*$", re.M)
 _PYTHON = ("python", "py", "python3", "py3")
 _ENDINGS = {
     "error": "the program raised an error",
@@ -53,6 +66,11 @@ def examine(response: str, arguments: dict[str, Any], settings: SandboxSettings)
     Stops at the first test that fails, and says which. Starts one sandbox. Takes up to ``settings.total_seconds``, and
     is unverifiable where that is not enough.
     """
+    if arguments.get("kind") == "livecodebench":
+        unpacked = livecodebench.arguments(arguments)
+        if isinstance(unpacked, str):
+            return unverifiable("the tests can't be read", unpacked)
+        arguments = unpacked
     problem = _problem(arguments)
     if problem:
         return unverifiable("the tests can't be read", problem)
@@ -66,7 +84,8 @@ def examine(response: str, arguments: dict[str, Any], settings: SandboxSettings)
         return unverifiable("no sandbox", missing)
     try:
         with opened(settings) as sandbox:
-            return (_by_output if arguments["kind"] == "stdin" else _by_asserts)(program, arguments, sandbox)
+            by = _by_output if arguments["kind"] in ("stdin", "call") else _by_asserts
+            return by(program, arguments, sandbox)
     except SandboxError as error:
         return unverifiable("the sandbox did not start", str(error))
 
@@ -76,11 +95,12 @@ def _problem(arguments: dict[str, Any]) -> str:
     kind = arguments.get("kind")
     texts: dict[Any, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "stdin": ((), ("inputs", "outputs")),
+        "call": (("function",), ("inputs", "outputs")),
         "asserts": ((), ("tests",)),
         "function": (("entry_point", "test"), ()),
     }
     if kind not in texts:
-        return f"kind is {_short(repr(kind))}, expected stdin, asserts or function"
+        return f"kind is {_short(repr(kind))}, expected stdin, call, asserts or function"
     for name in (*texts[kind][0], *(["setup"] if "setup" in arguments else [])):
         if not isinstance(arguments.get(name), str):
             return f"{name} is no text"
@@ -88,7 +108,7 @@ def _problem(arguments: dict[str, Any]) -> str:
         value = arguments.get(name)
         if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
             return f"{name} is no list of texts"
-    if kind == "stdin" and len(arguments["inputs"]) != len(arguments["outputs"]):
+    if kind in ("stdin", "call") and len(arguments["inputs"]) != len(arguments["outputs"]):
         return f"{len(arguments['inputs'])} inputs, {len(arguments['outputs'])} outputs"
     tolerance = arguments.get("tolerance")
     return "" if tolerance is None or isinstance(tolerance, (int, float)) else "tolerance is no number"
@@ -148,6 +168,8 @@ def _wanted_names(arguments: dict[str, Any]) -> list[str]:
     """The names that the tests call."""
     if arguments["kind"] == "function":
         return [arguments["entry_point"]]
+    if arguments["kind"] == "call":
+        return ["Solution", arguments["function"]]
     found = set()
     for test in arguments.get("tests", []):
         tree = _parsed(test)
@@ -159,14 +181,35 @@ def _wanted_names(arguments: dict[str, Any]) -> list[str]:
 
 def _by_output(program: str, arguments: dict[str, Any], sandbox: Sandbox) -> Finding:
     tests = list(zip(arguments["inputs"], arguments["outputs"], strict=True))
+    token = secrets.token_hex(16) if arguments["kind"] == "call" else ""
+    script = _script(program, arguments, token)
     for number, (given, wanted) in enumerate(tests, 1):
         where = f"test {number} of {len(tests)}"
-        run = sandbox.run(program, given)
+        run = sandbox.run(script, given)
         if run.status != "ok":
             return _ended(run, where, sandbox)
-        if not same_output(wanted, run.stdout, arguments.get("tolerance")):
-            return failed("wrong output", f"{where}: {_first_difference(wanted, run.stdout)}")
+        found = run.stdout.rpartition(f"\n{token} ")[2].strip() if token else run.stdout
+        right = _same_value(wanted, found) if token else same_output(wanted, found, arguments.get("tolerance"))
+        if not right:
+            return failed("wrong output", f"{where}: {_first_difference(wanted, found)}")
     return passed(f"{len(tests)} tests")
+
+
+def _script(program: str, arguments: dict[str, Any], token: str) -> str:
+    """The program behind its setup, and what calls its function. Imports from the future have to come first."""
+    call = _CALL.format(name=arguments["function"], token=token) if token else ""
+    if not arguments.get("setup") and not call:
+        return program
+    future = "\n".join(_FUTURE.findall(program))
+    return "\n".join([future, arguments.get("setup", ""), _FUTURE.sub("", program), call])
+
+
+def _same_value(wanted: str, found: str) -> bool:
+    """Whether two texts are the same JSON value; a tuple has become a list by then."""
+    try:
+        return bool(json.loads(wanted) == json.loads(found))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _by_asserts(program: str, arguments: dict[str, Any], sandbox: Sandbox) -> Finding:
@@ -237,6 +280,11 @@ def _close(ours: list[str], theirs: list[str], tolerance: float) -> bool:
 
 
 def _near(wanted: str, found: str, tolerance: float) -> bool:
+    if tolerance == 0:  # exactly: two floats may be the same where the numbers are not
+        try:
+            return Decimal(wanted) == Decimal(found)
+        except InvalidOperation:
+            return False
     try:
         a, b = float(wanted), float(found)
     except ValueError:

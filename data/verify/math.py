@@ -64,6 +64,12 @@ def examine(response: str, reference: str, question: str = "") -> Finding:
     return passed(detail) if verdict else failed("wrong answer", detail)
 
 
+def answer_of(response: str, question: str = "") -> str | None:
+    """The final answer of a response, tidied: what ``compared`` compares; None where it states none clearly."""
+    answer = tidy(final_answer(_after_thinking(response), question) or "")
+    return _SAYING.sub("", answer) or answer or None
+
+
 def _stated(wanted: str, found: str) -> bool | str:
     """The answer as it is written, or as the exact and the rounded value that it gives ("2/3, or about 0.667")."""
     verdict = compared(wanted, found)

@@ -33,6 +33,7 @@ class Item:
     verifier_args: str = "{}"
     domain: str = "math"
     problem: str = ""
+    completion_tokens: int | None = None  # as the server counts; no check looks at it
 
 
 class Verifier(NamedTuple):

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from r1distill.pipeline.scores import gates, interval, summary
+from r1distill.pipeline.metrics import interval, summary
+from r1distill.pipeline.scores import gates
 from r1distill.students.catalogue import Gate, GgufVariant, VariantGate
 
 
@@ -22,6 +23,8 @@ def answers(model: str, *questions: str, benchmark: str = "sums") -> list[dict]:
             "sample": sample,
             "correct": letter == "c",
             "reason": reasons[letter],
+            "loops": False,
+            "vote": None,
             "completion_tokens": 10,
         }
         for number, letters in enumerate(questions)

@@ -1,0 +1,278 @@
+"""Evaluation: models served in the runtime their users have, asked a benchmark's questions alike, and judged alike.
+
+The same client, ledger and verifiers as everywhere else: the ledger keeps every answer and the findings every verdict,
+so a killed evaluation asks and judges nothing twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from r1distill.data import benchmarks, verdicts
+from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.data.settings import Benchmark, CheckName, VerdictSettings
+from r1distill.data.verify import sandbox, votes
+from r1distill.data.verify.check import Finding
+from r1distill.data.verify.sandbox import SandboxSettings
+from r1distill.data.verify.verifiers import Item
+from r1distill.students.template import ASSISTANT, TEMPLATES
+from r1distill.teacher import recorded
+from r1distill.teacher.ledger import Ledger
+from r1distill.teacher.sample import Order, Request, ask, pending, rows
+from r1distill.teacher.serve import LlamaSpec, VllmSpec, in_turn, on_cpu
+from r1distill.teacher.settings import Client, EndpointTeacher, RecordedTeacher, Sampling
+
+CHECKS: tuple[CheckName, ...] = ("correctness", "repetition")
+# The same for every score, whatever a prompts file says of traces. LiveCodeBench runs all tests of a problem.
+RULES = VerdictSettings(code=SandboxSettings(total_seconds=600, memory_bytes=4 << 30))
+PLAIN_TEMPLATE = "{{ messages[-1]['content'] }}\n"  # for base models that have no chat template
+MOST_FAILED_SHARE = 0.01  # of the answers: requests that failed say nothing about a model
+IN_FLIGHT_ON_GPU = 256
+
+ANSWER = pa.schema(
+    [
+        ("model", pa.string()),
+        ("benchmark", pa.string()),
+        ("prompt_id", pa.string()),
+        ("difficulty", pa.string()),  # in the source's own words
+        ("sample", pa.int64()),
+        ("completion", pa.string()),  # null where the benchmark is private
+        ("answer", pa.string()),  # as the verifier reads it; null where there is none
+        ("vote", pa.int64()),  # answers to one question with the same number say the same
+        ("correct", pa.bool_()),
+        ("reason", pa.string()),  # why it is not
+        ("loops", pa.bool_()),
+        ("completion_tokens", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to be scored: how to serve it, which revision it is, and how many questions it gets (None: all)."""
+
+    name: str
+    spec: VllmSpec | LlamaSpec | EndpointTeacher | RecordedTeacher
+    revision: str
+    size_bytes: int | None
+    opens_thinking: bool
+    limit: int | None = None
+
+    @property
+    def runtime(self) -> str:
+        names = {VllmSpec: "vllm", LlamaSpec: "llama.cpp", EndpointTeacher: "endpoint", RecordedTeacher: "recorded"}
+        return names[type(self.spec)]
+
+
+def answers(
+    wanted: Sequence[Benchmark], everyone: Sequence[Contender], home: Path, out: Path, workers: int | None = None
+) -> list[dict[str, Any]]:
+    """Ask every contender what the ledger lacks, then judge; rows of ANSWER, but for the completions: those are in
+    ``out/answers.parquet``.
+
+    Raises R1DistillError where over 1% of a contender's answers to a benchmark failed, RequestError where programs are
+    to be run and there is no sandbox, or a recorded run lacks answers.
+    """
+    found = {bench.name: benchmarks.asked(bench) for bench in wanted}
+    if any(one.row["verifier"] == "code" for each in found.values() for one in each):
+        sandbox.require()
+    asked = [_Asked(bench, found[bench.name], one) for one in everyone for bench in wanted]
+    settings = RULES.model_copy(update={"workers": workers})
+    kept: list[dict[str, Any]] = []
+    with (
+        Ledger(home / "ledger") as ledger,
+        pq.ParquetWriter(out / "answers.parquet", ANSWER, compression="zstd") as file,
+    ):
+        _ask([one for one in asked if one.recorded is None and pending(one.order, ledger)], home, ledger)
+
+        def items() -> Iterator[Item]:
+            return (verdicts.item(one.questions[t["prompt_id"]].row, t) for one in asked for t in one.traces(ledger))
+
+        judged = verdicts.examine(settings, CHECKS, items, sum(map(len, asked)), home)
+        with closing(judged):
+            for one in asked:
+                some = _judged(one, islice(judged, len(one)), verdicts.workers(settings))
+                file.write_table(pa.Table.from_pylist(some, schema=ANSWER))
+                kept += [{**row, "completion": None} for row in some]
+    return kept
+
+
+class _Asked:
+    """A benchmark's questions and what a contender is asked of them, or was."""
+
+    def __init__(self, benchmark: Benchmark, everything: list[benchmarks.Question], contender: Contender):
+        self.benchmark, self.contender = benchmark, contender
+        few = contender.limit or len(everything)  # spread over the whole benchmark, whose order may be by task
+        spread = everything[:: max(1, len(everything) // few)][:few]
+        self.questions = {one.row["prompt_id"]: one for one in spread}
+        requests = [
+            Request(key, number, [{"role": "user", "content": one.message}])
+            for key, one in self.questions.items()
+            for number in range(benchmark.k)
+        ]
+        sampling = Sampling(
+            temperature=benchmark.temperature,
+            top_p=benchmark.top_p,
+            max_tokens=benchmark.max_tokens,
+            samples=benchmark.k,
+            seed=benchmark.seed,
+        )
+        identity = {"purpose": "scores", "model": contender.name, "revision": contender.revision}
+        self.order = Order(requests, sampling, identity, contender.opens_thinking)
+        self.recorded = self._recorded(contender.spec) if isinstance(contender.spec, RecordedTeacher) else None
+
+    def __len__(self) -> int:
+        return len(self.order.requests if self.recorded is None else self.recorded)
+
+    def traces(self, ledger: Ledger) -> Iterable[dict[str, Any]]:
+        return rows(self.order, ledger) if self.recorded is None else self.recorded
+
+    def _recorded(self, teacher: RecordedTeacher) -> list[dict[str, Any]]:
+        """The recorded answers, the first k to each question."""
+        found = [row for row in recorded.rows(teacher, self.questions) if not isinstance(row, str)]
+        if missing := len(self.questions.keys() - {row["prompt_id"] for row in found}):
+            raise RequestError(
+                f"the recorded run of {teacher.model} has no answer to {missing} of the {len(self.questions)} "
+                f"questions of {self.benchmark.name}. Its column 'question' has to hold them as the benchmark does."
+            )
+        return [row for row in found if row["sample"] < self.benchmark.k]
+
+
+def _ask(wanted: list[_Asked], home: Path, ledger: Ledger) -> None:
+    """Serve each contender once and ask it for all of its benchmarks."""
+    by_contender: dict[str, list[_Asked]] = {}
+    for one in wanted:
+        by_contender.setdefault(one.contender.name, []).append(one)
+    specs = [orders[0].contender.spec for orders in by_contender.values()]
+    servable = [spec for spec in specs if not isinstance(spec, RecordedTeacher)]
+    with closing(in_turn(servable, home / "logs")) as endpoints:
+        for endpoint, orders in zip(endpoints, by_contender.values(), strict=True):
+            for one in orders:
+                client = _client(one.contender.spec)
+                ask(one.order, endpoint, ledger, client, f"{one.contender.name} on {one.benchmark.name}")
+
+
+def _client(spec: VllmSpec | LlamaSpec | EndpointTeacher | RecordedTeacher) -> Client:
+    if isinstance(spec, EndpointTeacher):
+        return spec.client
+    return Client() if isinstance(spec, LlamaSpec) or on_cpu() else Client(in_flight=IN_FLIGHT_ON_GPU)
+
+
+def _judged(one: _Asked, found: Iterable[verdicts.Found], workers: int) -> list[dict[str, Any]]:
+    """Rows of ANSWER of one contender on one benchmark."""
+    made, states = [], Counter[str]()
+    hidden = one.benchmark.private
+    for item, findings in found:
+        states[item.state] += 1
+        answer = votes.answer(item)
+        made.append(
+            {
+                "model": one.contender.name,
+                "benchmark": one.benchmark.name,
+                "prompt_id": item.prompt_id,
+                "difficulty": one.questions[item.prompt_id].difficulty,
+                "sample": item.sample,
+                "completion": None if hidden else item.completion,
+                "answer": answer,
+                "vote": None,
+                **_correct(item, findings["correctness"]),
+                "loops": findings["repetition"].outcome == "fail",
+                "completion_tokens": item.completion_tokens,
+            }
+        )
+    if states["failed"] > MOST_FAILED_SHARE * len(made):
+        raise R1DistillError(
+            f"{states['failed']} of {len(made)} requests of {one.contender.name} on {one.benchmark.name} failed: such "
+            "scores would say more about the server. Look into its log, and run again: only these are asked again."
+        )
+    _vote(made, {key: each.row["verifier"] for key, each in one.questions.items()}, workers)
+    for row in made:
+        if hidden and one.questions[row["prompt_id"]].row["verifier"] != "choice":
+            row["answer"] = None
+    return made
+
+
+def _correct(item: Item, finding: Finding) -> dict[str, Any]:
+    """An answer counts when it ended by itself and its final answer is right, whatever its form."""
+    if item.state != "done":
+        return {"correct": False, "reason": item.state}
+    right = finding.outcome == "pass"
+    return {"correct": right, "reason": None if right else f"correctness: {finding.reason}"}
+
+
+def _vote(made: list[dict[str, Any]], verifiers: dict[str, str], workers: int) -> None:
+    """Give the answers to each question that say the same one number."""
+    texts: dict[str, list[str]] = {}
+    for row in made:
+        if row["answer"] is not None:
+            texts.setdefault(row["prompt_id"], []).append(row["answer"])
+    ballots = [(verifiers[key], tuple(dict.fromkeys(each))) for key, each in texts.items()]
+    numbers = {
+        key: dict(zip(ballot[1], places, strict=True))
+        for key, ballot, places in zip(texts, ballots, votes.groups(ballots, workers), strict=True)
+    }
+    for row in made:
+        if row["answer"] is not None:
+            row["vote"] = numbers[row["prompt_id"]][row["answer"]]
+
+
+def folder_spec(
+    folder: Path, name: str, wanted: Sequence[Benchmark], options: dict[str, Any], home: Path
+) -> tuple[VllmSpec, bool]:
+    """How vLLM serves a folder, and whether the answer is made to begin in the thinking, as DeepSeek's settings want.
+
+    A template of R1's family from before February 2025 does not open the thinking: ours is put in its place.
+    """
+    template, other = chat_template(folder), None
+    opens = template is not None and opens_thinking(template)
+    if template is None:
+        other = PLAIN_TEMPLATE
+    elif ASSISTANT in template and not opens:
+        other, opens = TEMPLATES["r1"].chat_template(), True
+    settings: dict[str, Any] = {"max-model-len": context_tokens(wanted), **options}
+    if other is not None:
+        file = home / f"{'thinking' if opens else 'plain'}_template.jinja"
+        file.write_text(other, encoding="utf-8")
+        settings["chat-template"] = str(file)
+    return VllmSpec(model=str(folder), served_name=name, options=settings), opens
+
+
+def context_tokens(wanted: Sequence[Benchmark]) -> int:
+    """Room for the longest answer and 2,048 tokens of question (256 where answers are short)."""
+    longest = max(bench.max_tokens for bench in wanted)
+    return longest + (2048 if longest > 2048 else 256)
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a model's folder, or None."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    if not (file := folder / "tokenizer_config.json").is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(found, list):  # several by name
+        found = next((one["template"] for one in found if one.get("name") == "default"), None)
+    return found
+
+
+def opens_thinking(template: str) -> bool:
+    """Whether a chat template's generation prompt ends in ``<think>`` and a new line."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        messages = [{"role": "user", "content": "?"}]
+        return made.render(messages=messages, add_generation_prompt=True, bos_token="").endswith("<think>\n")
+    except (TemplateError, TypeError):  # it wants more than a question; then it is none of R1's
+        return False
