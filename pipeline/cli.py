@@ -201,6 +201,51 @@ def verify(
 
 
 @app.command()
+def evaluate(
+    student: StudentName = DEFAULT_STUDENT,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A folder, owner/name on the Hub, a .gguf file or one of answers; default: the checkpoint."),
+    ] = None,
+    benchmarks: Annotated[
+        str | None, typer.Option(help="Names from configs/benchmarks, or YAML files: a,b,c; default: the student's.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="The address of a server that has the model already: http://127.0.0.1:8000/v1")
+    ] = None,
+    key_variable: Annotated[str | None, typer.Option(help="The variable that holds the server's key.")] = None,
+    thinks: Annotated[
+        bool, typer.Option("--thinks/--no-thinks", help="Whether a server's or a file's answers begin in the thinking.")
+    ] = True,
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """Score any model on benchmarks, as the scores stage does; asks nothing that was asked before."""
+    from r1distill.data.config import load
+    from r1distill.data.errors import RequestError
+    from r1distill.data.settings import Benchmark
+    from r1distill.pipeline import checkup, report, runner
+    from r1distill.pipeline.run import Run
+
+    run = Run.load(student, overrides=changes or [])
+    names = [name for name in (benchmarks or "").split(",") if name]
+    wanted = [load("benchmarks", name, Benchmark) for name in names] if names else run.benchmarks
+    own = model is None
+    if model is None:
+        if endpoint is not None:
+            raise RequestError("--endpoint needs --model: what the server calls the model.")
+        step = runner.chain(run, "checkpoint")[-1]
+        if step.sealed() is None:
+            raise RequestError(
+                f"there is no checkpoint of '{run.student.name}' yet ({step.path}). Make it: make distill "
+                f"STUDENT={run.student.name} UNTIL=checkpoint; or name another: --model"
+            )
+        model = str(step.path)
+    artifact = checkup.evaluate(run, checkup.Wanted(model, endpoint, key_variable, thinks), wanted, checkpoint=own)
+    report.show_evaluation(artifact, out, as_json)
+
+
+@app.command()
 def inspect(
     traces: Annotated[Path | None, typer.Argument(help="A traces artifact; default: the newest.")] = None,
     row: Annotated[int | None, typer.Option(help="Lay out this trace for reading.")] = None,

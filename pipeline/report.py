@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from r1distill.pipeline import doctor
+from r1distill.pipeline.artifact import Artifact
 from r1distill.pipeline.plan import Plan
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.runner import Done, Step
@@ -109,36 +110,72 @@ def show_end(run: Run, done: list[Done], out: Console, as_json: bool) -> None:
         out.print(line, markup=False)
 
 
-def _show_scores(scores: dict[str, Any], out: Console) -> None:
-    for name, bench in scores["benchmarks"].items():
-        out.print()
-        table = _table(
-            "model", "accuracy", "95% interval", "asked", "cut off", "tokens", "size", "runtime",
-            right=("accuracy", "95% interval", "asked", "cut off", "tokens", "size"),
-            title=f"{bench['title']} ({name}): mean of k samples",
-        )  # fmt: skip
-        for model in sorted(bench["models"], key=_rank):
-            row = bench["models"][model]
-            table.add_row(
-                model,
-                _percent(row["accuracy"]),
-                f"{100 * row['low']:.1f}–{_percent(row['high'])}",
-                f"{row['questions']} × {row['k']}",
-                _percent(row["truncated"]),
-                f"{row['mean_tokens']:.0f}",
-                _bytes(row["size_bytes"]),
-                row["runtime"],
-            )
-        out.print(table)
+def show_evaluation(artifact: Artifact, out: Console, as_json: bool) -> None:
+    """What `evaluate` found."""
+    found = artifact.manifest["metrics"]["scores"]
+    if as_json:
+        print(json.dumps({**found, "path": str(artifact.path)}))
+        return
+    out.print(f"{found['model']} ({found['revision']}, {found['runtime']})", markup=False)
+    _show_tables(found["benchmarks"], out)
     out.print()
+    out.print(f"answers and scores  {artifact.path}", markup=False)
+
+
+def _show_scores(scores: dict[str, Any], out: Console) -> None:
+    _show_tables(scores["benchmarks"], out)
+    out.print()
+    found = scores["reproduction"]
+    if not found["applies"]:
+        out.print(f"published figures: not applicable, {found['reason']}", markup=False)
     for gate in scores["gates"]:
         mark = "[green]passed[/green]" if gate["passed"] else "[red]FAILED[/red]"
         out.print(f"gate {mark}  {gate['model']:<12} {gate['message']}")
 
 
-def _rank(model: str) -> tuple[int, str]:
-    """Base, teacher, student, then the variants by name: a manifest's keys are sorted."""
-    first = ("base", "teacher", "student")
+def _show_tables(benchmarks: dict[str, Any], out: Console) -> None:
+    for name, bench in benchmarks.items():
+        out.print()
+        table = _table(
+            "model", "pass@1", "95% interval", "cons", "asked", "cut off", "loops", "tokens", "size", "runtime",
+            right=("pass@1", "95% interval", "cons", "asked", "cut off", "loops", "tokens", "size"),
+            title=f"{bench['title']} ({name}): mean of k samples",
+        )  # fmt: skip
+        for model in sorted(bench["models"], key=rank):
+            row = bench["models"][model]
+            table.add_row(
+                model,
+                _percent(row["accuracy"]),
+                f"{100 * row['low']:.1f}–{_percent(row['high'])}",
+                "–" if row["cons"] is None else _percent(row["cons"]),
+                f"{row['questions']} × {row['k']}",
+                _percent(row["truncated"]),
+                _percent(row["looped"]),
+                "–" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}",
+                _bytes(row["size_bytes"]),
+                row["runtime"],
+            )
+        out.print(table)
+        for line in differences(bench):
+            out.print(line, markup=False)
+
+
+def differences(bench: dict[str, Any]) -> list[str]:
+    """What may be said of the models' differences on a benchmark, a sentence each."""
+    lines = []
+    for one in bench["comparisons"]:
+        if one["verdict"] == "open" or one["difference"] is None:
+            said = "no difference is shown"
+        else:
+            said = f"{one['verdict']} by {abs(one['difference']):.1%}"
+        interval = "" if one["difference"] is None else f" (95%: {100 * one['low']:+.1f} to {one['high']:+.1%})"
+        lines.append(f"{one['model']} against {one['against']}: {said}{interval}, {one['questions']} questions, paired")
+    return lines
+
+
+def rank(model: str) -> tuple[int, str]:
+    """Base, teacher, twin, student, then the variants by name: a manifest's keys are sorted."""
+    first = ("base", "teacher", "twin", "student")
     return (first.index(model), "") if model in first else (len(first), model)
 
 

@@ -127,7 +127,7 @@ def _build(run: Run, step: Step, partial: Path, inputs: dict[str, Path]) -> Arti
         "inputs": step.inputs,
         "identity": step.identity,
         **asdict(result),
-        "versions": _versions(),
+        "versions": versions(),
         "seconds": round(time.monotonic() - began, 2),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -148,7 +148,8 @@ def _check_disk(folder: Path) -> None:
         )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the libraries that matter, those that are installed."""
     found = {}
     for name in LIBRARIES:
         try:
