@@ -1,7 +1,7 @@
 """Gates: what a checkpoint and each of its variants must reach before anybody downloads them.
 
 A gate's verdict is {name, model, passed, message}. A variant whose gate failed is withheld; a failed checkpoint stops
-publication. Summaries are those of ``scores.summary``.
+publication. Summaries are those of ``metrics.summary``.
 """
 
 from __future__ import annotations
