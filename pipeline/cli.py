@@ -114,6 +114,9 @@ def plan(
     prompts: PromptsName = None,
     hardware: HardwareName = None,
     changes: Changes = None,
+    write: Annotated[
+        Path | None, typer.Option(help="Write the accelerate, DeepSpeed, Slurm and vLLM files of it into this folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Memory, time and cost of every stage on a hardware; exits 2 where it doesn't fit."""
@@ -122,7 +125,15 @@ def plan(
 
     run = Run.load(student, teacher, prompts, hardware, changes or [])
     answer = plan.of_run(run)
-    report.show_plan(answer, out, as_json)
+    files: list[Path] = []
+    if write is not None:
+        from r1distill.pipeline import planfiles
+
+        names = {"--student": student, "--teacher": teacher, "--prompts": prompts, "--hardware": hardware}
+        request = [part for option, name in names.items() if name for part in (option, name)]
+        request += [part for change in changes or [] for part in ("--set", change)]
+        files = planfiles.write(run, answer, request, write)
+    report.show_plan(answer, files, out, as_json)
     raise typer.Exit(0 if answer.fits else 2)
 
 

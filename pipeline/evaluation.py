@@ -165,7 +165,9 @@ def _ask(wanted: list[_Asked], home: Path, ledger: Ledger) -> None:
 def _client(spec: VllmSpec | LlamaSpec | EndpointTeacher | RecordedTeacher) -> Client:
     if isinstance(spec, EndpointTeacher):
         return spec.client
-    return Client() if isinstance(spec, LlamaSpec) or on_cpu() else Client(in_flight=IN_FLIGHT_ON_GPU)
+    if isinstance(spec, VllmSpec) and not on_cpu():
+        return Client(in_flight=IN_FLIGHT_ON_GPU * int(spec.options.get("data-parallel-size", 1)))
+    return Client()
 
 
 def _judged(one: _Asked, found: Iterable[verdicts.Found], workers: int) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ class Footprint:
     experts_bytes: float  # the share of the weights that expert parallelism spreads
     kv_bytes_per_token: float
     kv_heads: int  # how far tensor parallelism can cut the cache; 1 for a latent cache, which every rank holds whole
+    heads: int  # what tensor parallelism shares out
     layers: int
     hidden: int
     vocab: int
@@ -43,6 +44,7 @@ def of_architecture(name: str, architecture: Architecture, bits: float = 16) -> 
         experts_bytes=0,
         kv_bytes_per_token=2 * architecture.layers * architecture.kv_heads * head_dim * BF16,
         kv_heads=architecture.kv_heads,
+        heads=architecture.heads,
         layers=architecture.layers,
         hidden=architecture.hidden,
         vocab=architecture.vocab,
@@ -61,6 +63,7 @@ def _deepseek_r1(name: str, experts_bytes: float, weights_bytes: float) -> Footp
         experts_bytes=experts_bytes,
         kv_bytes_per_token=61 * (512 + 64) * BF16,
         kv_heads=1,
+        heads=128,
         layers=61,
         hidden=7168,
         vocab=129_280,
@@ -81,6 +84,7 @@ SMOLLM2_135M = Footprint(
     experts_bytes=0,
     kv_bytes_per_token=2 * 30 * 3 * 64 * BF16,
     kv_heads=3,
+    heads=9,
     layers=30,
     hidden=576,
     vocab=49_152,
@@ -125,6 +129,7 @@ def _of_folder(folder: Path) -> Footprint | None:
         experts_bytes=0,
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * BF16,
         kv_heads=kv_heads,
+        heads=heads,
         layers=layers,
         hidden=hidden,
         vocab=int(config.get("vocab_size", 0)),

@@ -16,14 +16,15 @@ from r1distill.data.hub import Access, Kind
 from r1distill.data.models import HubModel
 from r1distill.data.settings import Benchmark, PromptSet
 from r1distill.data.sources import HubSource
-from r1distill.pipeline import calibration, estimate, stageplan
+from r1distill.pipeline import calibration, estimate, stageplan, training
 from r1distill.pipeline.calibration import Measurement
 from r1distill.pipeline.estimate import Memory
 from r1distill.pipeline.hardware import Hardware, detect, named
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.stageplan import StagePlan
-from r1distill.pipeline.workload import Workload, workload
+from r1distill.pipeline.workload import Workload, mean_tokens, workload
 from r1distill.students.catalogue import Student
+from r1distill.students.layout import Layout
 from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher
 
 hardware_named = named
@@ -42,6 +43,10 @@ class Plan:
     disk_free_gib: float
     assumptions: tuple[str, ...]
     access: dict[str, Access] = field(default_factory=dict)  # repository → whether this account may have it
+
+    def stage(self, name: str) -> StagePlan:
+        """The plan of one stage."""
+        return next(stage for stage in self.stages if stage.stage == name)
 
     @property
     def disk_fits(self) -> bool:
@@ -112,9 +117,10 @@ def plan(
     What was ``measured`` of the same work on the same kind of hardware takes the place of what is predicted.
     """
     work = workload(student, teacher, prompts)
+    choice = training.choose(student, hardware, mean_tokens(student, work))
     stages = (
         replace(stageplan.traces(teacher, hardware, work), subject=teacher.name),
-        replace(stageplan.checkpoint(student, hardware, work), subject=student.name),
+        replace(stageplan.checkpoint(student, hardware, work, choice), subject=student.name),
         replace(stageplan.variants(student, hardware), subject=student.name),
         replace(stageplan.scores(student, teacher, hardware, benchmarks), subject=student.name),
     )
@@ -124,7 +130,7 @@ def plan(
         hardware=hardware.name,
         hardware_title=hardware.title,
         stages=tuple(stage.calibrated(measured, hardware) for stage in stages),
-        disk=stageplan.disk(student, teacher),
+        disk=stageplan.disk(student, teacher, work),
         disk_free_gib=hardware.disk_gib,
         assumptions=(*work.assumptions, *_assumptions(hardware)),
     )
@@ -145,6 +151,12 @@ def _repositories(run: Run) -> list[tuple[Kind, str]]:
     found: list[tuple[Kind, str]] = [("model", one.repo) for one in models if isinstance(one, HubModel)]
     found += [("dataset", one.repo) for one in sources if isinstance(one, HubSource)]
     return list(dict.fromkeys(found))
+
+
+def training_layout(run: Run) -> Layout:
+    """How the run's training is spread over its hardware."""
+    work = workload(run.student, run.teacher, run.prompts)
+    return training.choose(run.student, run.hardware, mean_tokens(run.student, work)).layout
 
 
 def record(run: Run, stage: str, metrics: Mapping[str, Any], seconds: float, peak_gib: float) -> None:
@@ -207,8 +219,8 @@ def _only(answer: Plan, stages: Sequence[str]) -> Plan:
     if not stages:
         return answer
     kept = tuple(stage for stage in answer.stages if stage.stage in stages)
-    training = {"checkpoint", "variants", "scores"} & set(stages)
-    filled = {part: size for part, size in answer.disk.items() if part == "teacher" or training}
+    trains = {"checkpoint", "variants", "scores"} & set(stages)
+    filled = {part: size for part, size in answer.disk.items() if part in ("teacher", "traces and packs") or trains}
     return replace(answer, stages=kept, disk=filled)
 
 
@@ -253,9 +265,13 @@ def _assumptions(hardware: Hardware) -> tuple[str, ...]:
         return ("speed on the CPU: measured with SmolLM2-135M on two cores, scaled by cores and parameters",)
     price = hardware.price_usd_per_gpu_hour
     return (
-        f"training reaches {estimate.TRAINING_UTILISATION:.0%} of the GPU's bf16 peak, decoding "
-        f"{estimate.DECODING_UTILISATION:.0%} of its memory bandwidth, with every slot filled",
-        f"${price} a GPU-hour"
+        f"training reaches {hardware.training_utilisation:.0%} of the GPU's bf16 peak, recomputation not counted, "
+        f"collectives {training.COLLECTIVE_SHARE:.0%} of a link; decoding {estimate.DECODING_UTILISATION:.0%} of the "
+        "memory's bandwidth, with every slot filled",
+        f"of a GPU's memory vLLM may use {estimate.GPU_SHARE:.0%} unless it is told otherwise, training leaves "
+        f"{training.reserve_gib(hardware.gpu_memory_gib):.1f} GiB to CUDA, NCCL and fragmentation; optimiser states "
+        "stay on the GPUs",
+        f"${price} a GPU-hour, for all GPUs of it"
         if price is not None
-        else "no dollars: set a price, hardware.price_usd_per_gpu_hour=2.50",
+        else "no dollars: set a price, --set hardware.price_usd_per_gpu_hour=2.50",
     )

@@ -263,12 +263,14 @@ def _amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def show_plan(plan: Plan, out: Console, as_json: bool) -> None:
-    """A plan as text or JSON."""
+def show_plan(plan: Plan, files: list[Path], out: Console, as_json: bool) -> None:
+    """A plan as text or JSON, and the files that were written of it."""
     if as_json:
-        print(json.dumps(plan.as_dict()))
-    else:
-        out.print(plan.text(), markup=False)
+        print(json.dumps({**plan.as_dict(), "files": [str(file) for file in files]}))
+        return
+    out.print(plan.text(), markup=False)
+    for file in files:
+        out.print(f"written: {file}", markup=False)
 
 
 def show_checks(checks: list[doctor.Check], out: Console, as_json: bool) -> None:

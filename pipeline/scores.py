@@ -22,6 +22,7 @@ from r1distill.pipeline.evaluation import Contender, context_tokens, folder_spec
 from r1distill.pipeline.gates import Verdict, held, variant
 from r1distill.pipeline.metrics import paired, question_means, summary
 from r1distill.pipeline.run import Run
+from r1distill.pipeline.stageplan import student_options
 from r1distill.teacher.serve import LlamaSpec, VllmSpec, spec_of
 from r1distill.teacher.settings import RecordedTeacher
 
@@ -170,7 +171,8 @@ def gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _vllm(run: Run, folder: Path, name: str) -> tuple[VllmSpec, bool]:
     """Serve a local folder with this machine's GPUs, or on the CPU."""
-    return folder_spec(folder, name, run.benchmarks, run.student.serve_options, run.home)
+    options = student_options(run.student, run.hardware, context_tokens(run.benchmarks))
+    return folder_spec(folder, name, run.benchmarks, options, run.home)
 
 
 def _size(folder: Path) -> int:

@@ -12,17 +12,17 @@ from typing import Any
 
 from r1distill.data.models import title
 from r1distill.data.settings import Benchmark
-from r1distill.pipeline import calibration, estimate, footprint
+from r1distill.pipeline import calibration, estimate, footprint, training
 from r1distill.pipeline.calibration import Measurement
-from r1distill.pipeline.estimate import Memory, ServingLayout, TrainingJob
+from r1distill.pipeline.estimate import MACHINE_SHARE, Memory, ServingLayout
 from r1distill.pipeline.footprint import Footprint
 from r1distill.pipeline.hardware import GIB, Hardware
+from r1distill.pipeline.training import Choice
 from r1distill.pipeline.workload import Workload, questions_asked
 from r1distill.students.catalogue import Student
 from r1distill.teacher.serve import CPU_ENVIRONMENT
 from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, Teacher, VllmTeacher
 
-MACHINE_SHARE = 0.95  # of a machine's memory; the rest is the system's
 CPU_KV_GIB = float(CPU_ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"])
 
 
@@ -37,8 +37,10 @@ class StagePlan:
     memory: Memory = field(default_factory=dict)
     available_gib: float = 0.0
     layout: str = ""
+    host: Memory = field(default_factory=dict)  # on a node's own memory, where the device is a GPU
+    host_available_gib: float = 0.0
     reason: str = ""  # why it doesn't fit
-    rejected: tuple[str, ...] = ()  # layouts that don't fit, with the reason
+    rejected: tuple[str, ...] = ()  # other layouts, with what speaks against them
     tokens: int | None = None
     tokens_per_second: float | None = None
     hours: float | None = None
@@ -53,12 +55,19 @@ class StagePlan:
         return sum(self.memory.values())
 
     @property
+    def host_needed_gib(self) -> float:
+        return sum(self.host.values())
+
+    @property
     def shortage(self) -> str:
-        """Needed and available memory in words."""
-        return (
-            f"{self.needed_gib:,.1f} GiB are needed on {self.device} ({parts(self.memory)}), "
-            f"{self.available_gib:,.1f} can be used"
-        )
+        """What is needed and not there, in words; empty where all of it is."""
+        if self.needed_gib > self.available_gib:
+            where, needed, has = f"{self.device} ({parts(self.memory)})", self.needed_gib, self.available_gib
+        elif self.host_needed_gib > self.host_available_gib:
+            where, needed, has = f"each node ({parts(self.host)})", self.host_needed_gib, self.host_available_gib
+        else:
+            return ""
+        return f"{needed:,.1f} GiB are needed on {where}, {has:,.1f} can be used"
 
     def at(self, tokens: int | None, rate: float | None, hardware: Hardware) -> StagePlan:
         """With speed, hours and price; a stage that doesn't fit has none."""
@@ -94,11 +103,14 @@ class StagePlan:
         if self.memory:
             sizes = f"{self.needed_gib:,.1f} of {self.available_gib:,.1f} GiB"
             detail.append(f"{sizes} on {self.device}: {parts(self.memory)}")
+        if self.host:
+            sizes = f"{self.host_needed_gib:,.1f} of {self.host_available_gib:,.1f} GiB"
+            detail.append(f"{sizes} on each node: {parts(self.host)}")
         detail += [f"rejected: {other}" for other in self.rejected]
-        speed = [f"{self.tokens / 1e6:,.1f} M tokens" if self.tokens else ""]
+        speed = [_amount(self.tokens) if self.tokens else ""]
         speed += [f"{self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""]
-        speed += [f"{self.hours:,.1f} hours" if self.hours is not None else ""]
-        speed += [f"{self.gpu_hours:,.0f} GPU-hours" if self.gpu_hours is not None else ""]
+        speed += [_duration(self.hours) if self.hours is not None else ""]
+        speed += [f"{self.gpu_hours:,.1f} GPU-hours" if self.gpu_hours is not None else ""]
         speed += [f"${self.usd:,}" if self.usd is not None else ""]
         detail += [", ".join(part for part in speed if part)] if any(speed) else []
         detail += [self.note] if self.note else []
@@ -108,8 +120,16 @@ class StagePlan:
 
 
 def parts(memory: Memory) -> str:
-    """GiB by part, in words."""
-    return ", ".join(f"{name} {size:,.1f}" for name, size in memory.items())
+    """GiB by part, in words; what is nothing here is left out."""
+    return ", ".join(f"{name} {size:,.1f}" for name, size in memory.items() if size)
+
+
+def _amount(tokens: int) -> str:
+    return f"{tokens / 1e6:,.1f} M tokens" if tokens >= 1e6 else f"{tokens:,} tokens"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
 def traces(teacher: Teacher, hardware: Hardware, work: Workload) -> StagePlan:
@@ -117,8 +137,13 @@ def traces(teacher: Teacher, hardware: Hardware, work: Workload) -> StagePlan:
     if isinstance(teacher, RecordedTeacher):
         return StagePlan("traces", "read recorded traces")
     if isinstance(teacher, EndpointTeacher):
-        return StagePlan("traces", "ask an endpoint", tokens=work.tokens, usd=_endpoint_usd(teacher, work))
+        most = teacher.client.tokens_per_minute
+        answer = StagePlan("traces", "ask an endpoint", usd=_endpoint_usd(teacher, work))
+        limited = replace(answer, note=f"no faster than its limit of {most:,} tokens a minute") if most else answer
+        return limited.at(work.tokens, most / 60 if most else None, hardware.model_copy(update={"gpus_per_node": 0}))
     name, model = f"serve {title(teacher.model)}", footprint.of_reference(teacher.model)
+    if teacher.client.base_urls:
+        return StagePlan("traces", f"ask servers of {title(teacher.model)} that run already", tokens=work.tokens)
     if model is None:
         return StagePlan("traces", name, note="the model's size is not known here: not checked")
     options = _plain(teacher.options)
@@ -131,52 +156,131 @@ def traces(teacher: Teacher, hardware: Hardware, work: Workload) -> StagePlan:
     if not hardware.gpus:
         kv_gib = float(teacher.environment.get("VLLM_CPU_KVCACHE_SPACE", CPU_KV_GIB))
         return _serving_on_cpu("traces", name, model, hardware, work, layout, kv_gib)
-    context_tokens = int(options.get("max-model-len", model.max_position))
+    served = _Served(
+        model,
+        int(options.get("max-model-len", model.max_position)),
+        float(options.get("gpu-memory-utilization", estimate.GPU_SHARE)),
+        int(options.get("max-num-seqs", estimate.MAX_SEQUENCES)),
+        teacher.client.in_flight,
+    )
+    answer = _serving("traces", name, served, hardware, work, layout)
+    others = [other for other in _serving_layouts(model, hardware) if other != layout]
+    weighed = [(other, _serving("traces", name, served, hardware, work, other)) for other in others]
+    rejected = tuple(f"{other}: {_instead(other, its, answer)}" for other, its in weighed)
+    return replace(answer, rejected=rejected)
+
+
+def _instead(layout: ServingLayout, plan: StagePlan, chosen: StagePlan) -> str:
+    """What another layout than the teacher's own file says would come to."""
+    if not plan.fits:
+        return f"{plan.needed_gib:,.1f} GiB, {plan.available_gib:,.1f} can be used"
+    told = f"fits, {plan.tokens_per_second:,.0f} tokens/s" if plan.tokens_per_second else "fits"
+    if chosen.fits and (plan.tokens_per_second or 0) <= (chosen.tokens_per_second or 0):
+        return told
+    sets = " ".join(f"--set teacher.options.{name}={str(value).lower()}" for name, value in layout.options.items())
+    return f"{told}; its file says otherwise{': ' + sets if sets else ''}"
+
+
+def _serving_layouts(model: Footprint, hardware: Hardware) -> list[ServingLayout]:
+    """Layouts that fill a node, or all nodes by pipeline parallelism over them. Heads are shared out evenly: vLLM
+    refuses anything else. Tensor parallelism stays inside a node."""
+    per_node = hardware.gpus_per_node
+    sizes = [n for n in (1, 2, 4, 8, 16) if per_node % n == 0 and model.heads % n == 0]
+    found = [ServingLayout(n, data=per_node // n) for n in sizes]
+    if model.experts_bytes:
+        found = [ServingLayout(n, data=per_node // n, expert_parallel=per_node > 1) for n in sizes]
+    if hardware.nodes > 1 and sizes:
+        found.append(ServingLayout(sizes[-1], pipeline=hardware.nodes, data=per_node // sizes[-1]))
+    return found
+
+
+def student_options(student: Student, hardware: Hardware, context_tokens: int) -> dict[str, Any]:
+    """vLLM's flags for serving a student on one node in the fastest layout; its own file goes over them."""
+    if not hardware.gpus:
+        return dict(student.serve_options)
+    layout, _, _ = _student_served(student, hardware, Workload(), context_tokens)
+    return {**layout.options, **student.serve_options}
+
+
+def _student_served(
+    student: Student, hardware: Hardware, work: Workload, context_tokens: int
+) -> tuple[ServingLayout, StagePlan, list[str]]:
+    """(layout, its plan, what was rejected and why) of serving the student on GPUs."""
+    model, options = footprint.of_architecture(student.name, student.architecture), _plain(student.serve_options)
+    asked = {kind: int(options.get(f"{kind}-parallel-size", 0)) for kind in ("tensor", "pipeline", "data")}
+    if any(asked.values()):
+        layouts = [ServingLayout(asked["tensor"] or 1, asked["pipeline"] or 1, asked["data"] or 1)]
+    else:
+        layouts = _serving_layouts(model, hardware.model_copy(update={"nodes": 1}))
     share = float(options.get("gpu-memory-utilization", estimate.GPU_SHARE))
-    return _serving("traces", name, model, hardware, work, layout, context_tokens, share)
+    served = _Served(model, context_tokens, share, int(options.get("max-num-seqs", estimate.MAX_SEQUENCES)))
+    name = f"serve {student.name}, its base and {len(student.variants)} variants, one after the other"
+    tried = [(layout, _serving("scores", name, served, hardware, work, layout)) for layout in layouts]
+    fitting = [one for one in tried if one[1].fits]
+    layout, taken = max(fitting, key=lambda one: one[1].tokens_per_second or 0) if fitting else tried[-1]
+    rest = [
+        f"{other}: " + (f"{its.tokens_per_second or 0:,.0f} tokens/s" if its.fits else its.shortage)
+        for other, its in tried
+        if other != layout
+    ]
+    return layout, taken, rest
 
 
 def scores(student: Student, teacher: Teacher, hardware: Hardware, benchmarks: Sequence[Benchmark]) -> StagePlan:
-    """The largest model that is served for the scores beside the teacher, which is planned under traces."""
+    """Serving the student, its base and its variants for the scores; the teacher is planned under traces."""
     model = footprint.of_architecture(student.name, student.architecture)
-    asked = 2 + len(student.variants) + (student.score_teacher and not isinstance(teacher, RecordedTeacher))
-    asked += student.twin is not None and student.twin.recorded is None
-    work = questions_asked(benchmarks, asked)
-    name = f"serve {student.name}, its base and {len(student.variants)} variants, one after the other"
+    files = [name for name, variant in student.variants.items() if variant.kind == "gguf"]
+    whole = 2 + (student.score_teacher and not isinstance(teacher, RecordedTeacher))
+    whole += student.twin is not None and student.twin.recorded is None
+    few = student.variant_questions
+    of_files = questions_asked(benchmarks, len(files), few)
+    work = questions_asked(benchmarks, whole).plus(questions_asked(benchmarks, len(student.variants) - len(files), few))
     if not hardware.gpus:
-        return _serving_on_cpu("scores", name, model, hardware, work, ServingLayout(), CPU_KV_GIB)
+        name = f"serve {student.name}, its base and {len(student.variants)} variants, one after the other"
+        return _serving_on_cpu("scores", name, model, hardware, work.plus(of_files), ServingLayout(), CPU_KV_GIB)
     context_tokens = max((bench.max_tokens for bench in benchmarks), default=student.packs.context_tokens)
-    wanted = int(_plain(student.serve_options).get("tensor-parallel-size", 0))
-    sizes = [wanted] if wanted else [n for n in (1, 2, 4, 8) if n <= hardware.gpus_per_node]
-    tried = [
-        _serving("scores", name, model, hardware, work, ServingLayout(size), context_tokens, estimate.GPU_SHARE)
-        for size in sizes
-    ]
-    first = next((each for each in tried if each.fits), tried[-1])
-    if first.layout.startswith("TP") and not wanted:
-        first = replace(first, note=f"set it: --set student.serve_options.tensor-parallel-size={first.layout[2:]}")
-    return first
+    _, answer, rejected = _student_served(student, hardware, work, context_tokens)
+    answer = replace(answer, rejected=tuple(rejected))
+    if not (files and of_files.tokens and answer.hours):
+        return answer
+    hours = of_files.tokens / estimate.serving_rate_on_cpu(model, hardware) / 3600
+    note = f"{_duration(hours)} of it for {', '.join(files)}: llama.cpp answers on the CPU"
+    note += "; student.variant_questions asks fewer" if few is None else ""
+    return replace(answer.lasting(answer.hours + hours, hardware), note=note)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A model under vLLM on GPUs, and how it is asked."""
+
+    model: Footprint
+    context_tokens: int
+    share: float  # --gpu-memory-utilization
+    most: int  # --max-num-seqs
+    in_flight: int | None = None  # of the client; None: as many as there is room for
 
 
 def _serving(
-    stage: str,
-    name: str,
-    model: Footprint,
-    hardware: Hardware,
-    work: Workload,
-    layout: ServingLayout,
-    context_tokens: int,
-    share: float,
+    stage: str, name: str, served: _Served, hardware: Hardware, work: Workload, layout: ServingLayout
 ) -> StagePlan:
-    memory, available = estimate.serving(model, layout, context_tokens), hardware.gpu_memory_gib * share
+    model, available = served.model, hardware.gpu_memory_gib * served.share
+    memory = estimate.serving(model, layout, served.context_tokens)
     answer = StagePlan(stage, name, True, "a GPU", memory, available, str(layout))
     if layout.gpus > hardware.gpus:
         reason = f"{name}: its settings ask for {layout.gpus} GPUs ({layout}), there are {hardware.gpus}."
         return replace(answer, fits=False, reason=reason)
     if answer.needed_gib > available:
         return replace(answer, fits=False, reason=f"{name}: {answer.shortage}.")
-    rate = estimate.serving_rate(model, layout, hardware, memory, available, work.mean_tokens or 1024)
-    return answer.at(work.tokens, rate, hardware)
+    mean_tokens = work.mean_tokens or 1024
+    room = estimate.sequences_held(model, layout, memory, available, mean_tokens, served.most)
+    busy = room if served.in_flight is None else min(room, -(-served.in_flight // layout.data))
+    rate = estimate.serving_rate(model, layout, hardware, memory, busy, mean_tokens)
+    note = f"{layout.data * busy:,} answers at a time"
+    if hardware.gpus > layout.gpus and stage == "traces":
+        note += f" on {layout.gpus} of {hardware.gpus} GPUs; name servers on the others in teacher.client.base_urls"
+    if 1.25 * busy < room:
+        note += f"; there is room for {layout.data * room:,}: --set teacher.client.in_flight={layout.data * room}"
+    return replace(answer, note=note).at(work.tokens, rate, hardware)
 
 
 def _serving_on_cpu(
@@ -193,37 +297,35 @@ def _serving_on_cpu(
     return answer.at(work.tokens, estimate.serving_rate_on_cpu(model, hardware), hardware)
 
 
-def checkpoint(student: Student, hardware: Hardware, work: Workload) -> StagePlan:
-    """Training: every device holds all states, or, where that is too much, they are sharded over all GPUs."""
-    lora, context_tokens = student.sft.method.kind != "full", student.packs.context_tokens
-    name = f"{'LoRA' if lora else 'full'} training at {context_tokens:,} tokens"
-    tokens_at_once = context_tokens * (student.sft.launch.packs_per_batch or 1)
-    job = TrainingJob(student.architecture, tokens_at_once, 1, lora, student.sft.launch.checkpointing is not False)
-    rejected: list[str] = []
-    for layout, memory, available in _training_layouts(job, hardware):
-        device = "a GPU" if hardware.gpus else "the machine"
-        answer = StagePlan("checkpoint", name, True, device, memory, available, layout, rejected=tuple(rejected))
-        if answer.needed_gib <= available:
-            tokens = int(work.tokens * student.sft.epochs) if work.tokens else None
-            mean_tokens = work.mean_tokens or context_tokens
-            return answer.at(
-                tokens, estimate.training_rate(student.architecture, hardware, mean_tokens, lora), hardware
-            )
-        rejected.append(f"{layout}: {answer.needed_gib:,.1f} GiB, {available:,.1f} can be used")
-    return replace(answer, fits=False, reason=f"{name}: {answer.shortage}.", rejected=tuple(rejected))
+METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 
 
-def _training_layouts(job: TrainingJob, hardware: Hardware) -> list[tuple[str, Memory, float]]:
-    if not hardware.gpus:
-        return [("CPU", estimate.training_on_cpu(job), hardware.memory_gib * MACHINE_SHARE)]
-    available = hardware.gpu_memory_gib - estimate.training_reserve_gib(hardware.gpu_memory_gib)
-    if hardware.gpus == 1:
-        return [("one GPU", estimate.training(job), available)]
-    sharded = estimate.training(replace(job, shards=hardware.gpus))
-    return [
-        ("plain data parallelism", estimate.training(job), available),
-        (f"states sharded over {hardware.gpus} GPUs (FSDP or ZeRO-3)", sharded, available),
-    ]
+def checkpoint(student: Student, hardware: Hardware, work: Workload, choice: Choice) -> StagePlan:
+    """Training in the layout that was chosen for it."""
+    name = f"{METHODS[student.sft.method.kind]} training at {student.packs.context_tokens:,} tokens"
+    device = "the machine" if choice.layout.cpu else "a GPU"
+    answer = StagePlan(
+        "checkpoint",
+        name,
+        choice.fits,
+        device,
+        choice.memory,
+        choice.available_gib,
+        str(choice.layout),
+        host=choice.host,
+        host_available_gib=choice.host_available_gib,
+        rejected=choice.rejected,
+    )
+    if not choice.fits:
+        return replace(answer, reason=f"{name}: {answer.shortage}.")
+    filled = choice.layout.occupancy(choice.packs_per_step)
+    note = f"{choice.packs_per_step:,} packs a step"
+    if filled < 1:
+        places = round(choice.packs_per_step / filled)
+        note += f" on {choice.layout.replicas} replicas: {filled:.0%} of {places:,} places are filled"
+    note += f". {choice.note}" if choice.note else ""
+    tokens = int(work.tokens * student.sft.epochs) if work.tokens else None
+    return replace(answer, note=note).at(tokens, choice.tokens_per_second, hardware)
 
 
 def variants(student: Student, hardware: Hardware) -> StagePlan:
@@ -231,15 +333,19 @@ def variants(student: Student, hardware: Hardware) -> StagePlan:
     if not student.variants:
         return StagePlan("variants", "no variants")
     name = f"quantise to {', '.join(student.variants)}"
-    host, device = estimate.quantising(student.architecture, on_gpu=bool(hardware.gpus))
-    available = hardware.memory_gib * MACHINE_SHARE
-    answer = StagePlan("variants", name, True, "the machine", host, available, "block by block")
-    if answer.needed_gib > available:
+    host, device = estimate.quantising(student.architecture, student.variants.values(), on_gpu=bool(hardware.gpus))
+    machine = hardware.memory_gib * MACHINE_SHARE
+    if hardware.gpus:
+        available = hardware.gpu_memory_gib - training.reserve_gib(hardware.gpu_memory_gib)
+        answer = StagePlan("variants", name, True, "a GPU", device, available, "block by block, on one GPU")
+        answer = replace(answer, host=host, host_available_gib=machine)
+    else:
+        answer = StagePlan("variants", name, True, "the machine", host, machine, "block by block")
+    if answer.shortage:
         return replace(answer, fits=False, reason=f"{name}: {answer.shortage}.")
-    on_gpu = replace(answer, device="a GPU", memory=device, available_gib=hardware.gpu_memory_gib)
-    if on_gpu.needed_gib > on_gpu.available_gib:
-        return replace(on_gpu, fits=False, reason=f"{name}: {on_gpu.shortage}.")
-    return answer
+    each = [estimate.quantising_seconds(student.architecture, one, hardware) for one in student.variants.values()]
+    seconds = [one for one in each if one is not None]
+    return answer.lasting(sum(seconds) / 3600, hardware) if len(seconds) == len(each) else answer
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +361,11 @@ def _endpoint_usd(teacher: EndpointTeacher, work: Workload) -> Decimal | None:
     return (price.output * work.tokens / 1_000_000).quantize(Decimal("0.01"))
 
 
-def disk(student: Student, teacher: Teacher) -> Memory:
+TEXT_BYTES = 4 * 4  # a token's text is about 4 bytes: in the ledger, the traces, the dataset and what gets published
+PACK_BYTES = 2 * 4  # its id and label, in 32 bits each
+
+
+def disk(student: Student, teacher: Teacher, work: Workload) -> Memory:
     """GiB on one node: what is downloaded and written. A checkpoint of a run under way holds float32 weights and two
     moments, and the last good one is kept while the next is written; variants are counted at a byte a parameter."""
     parameters = student.architecture.parameters
@@ -263,6 +373,7 @@ def disk(student: Student, teacher: Teacher) -> Memory:
     model = footprint.of_reference(teacher.model) if isinstance(teacher, VllmTeacher) else None
     return {
         **({"teacher": model.weights_bytes / GIB} if model else {}),
+        "traces and packs": (work.tokens or 0) * (TEXT_BYTES + PACK_BYTES) / GIB,
         "base and student": 2 * footprint.BF16 * parameters / GIB,
         "training checkpoints": 2 * states / GIB,
         "variants": len(student.variants) * parameters / GIB,

@@ -125,13 +125,10 @@ def packs(run: Run, inputs: Inputs, out: Path) -> Result:
 )
 def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
     """The fine-tuned student: full, or LoRA merged."""
-    from r1distill.students import layout, sft
+    from r1distill.pipeline import plan
+    from r1distill.students import sft
 
-    machine = run.hardware
-    spread = layout.default(
-        run.student.sft.launch, nodes=machine.nodes, gpus_per_node=machine.gpus_per_node, hosts=machine.hosts
-    )
-    return sft.build(run.student, inputs["packs"], out, run.home, spread)
+    return sft.build(run.student, inputs["packs"], out, run.home, plan.training_layout(run))
 
 
 @stage(

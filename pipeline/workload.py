@@ -32,6 +32,13 @@ class Workload:
         """Tokens to be generated."""
         return int(self.completions * self.mean_tokens) if self.completions and self.mean_tokens else None
 
+    def plus(self, other: Workload) -> Workload:
+        """Both together; unknown where one is."""
+        if not self.tokens or not other.tokens:
+            return self if other.completions == 0 else other if self.completions == 0 else Workload()
+        completions = (self.completions or 0) + (other.completions or 0)
+        return Workload(completions, (self.tokens + other.tokens) / completions)
+
 
 def workload(student: Student, teacher: Teacher, prompts: PromptSet | None) -> Workload:
     """What the traces stage asks for; where an R1 student's prompts can't be counted, the published recipe's number."""
@@ -50,6 +57,11 @@ def workload(student: Student, teacher: Teacher, prompts: PromptSet | None) -> W
     return Workload(None, mean, ("how many prompts there are is not known: no hours",))
 
 
+def mean_tokens(student: Student, work: Workload) -> float:
+    """The mean length of a trace; where only the data would tell, the published one, or half a context if less."""
+    return work.mean_tokens or min(RECIPE_MEAN_TOKENS, student.packs.context_tokens / 2)
+
+
 def _prompts(sources: Sequence[Source]) -> int | None:
     """Prompts of all sources together, before duplicates are dropped; None where a source can't be counted."""
     total = 0
@@ -63,13 +75,14 @@ def _prompts(sources: Sequence[Source]) -> int | None:
     return total
 
 
-def questions_asked(benchmarks: Sequence[Benchmark], models: int) -> Workload:
-    """The completions of the scores: every question k times, of every model."""
+def questions_asked(benchmarks: Sequence[Benchmark], models: int, most: int | None = None) -> Workload:
+    """The completions of the scores: every question (or the ``most`` of a benchmark) k times, of every model."""
     total, tokens = 0, 0.0
     for bench in benchmarks:
         questions = bench.limit or QUESTIONS.get(bench.name) or _prompts([bench.source])
         if questions is None:
             return Workload()
-        total += questions * bench.k * models
-        tokens += questions * bench.k * models * min(RECIPE_MEAN_TOKENS, bench.max_tokens)
-    return Workload(total, tokens / total) if total else Workload()
+        asked = min(questions, most or questions) * bench.k * models
+        total += asked
+        tokens += asked * min(RECIPE_MEAN_TOKENS, bench.max_tokens)
+    return Workload(total, tokens / total) if total else Workload(0 if benchmarks else None)

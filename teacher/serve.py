@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -74,9 +75,18 @@ class VllmSpec:
 
     def command(self, port: int) -> list[str]:
         """What starts the server."""
-        options = {**VLLM_OPTIONS, **(CPU_OPTIONS if on_cpu() else {}), **self.options}
+        return [sys.executable, *self._arguments(port, on_cpu())]
+
+    def script(self, port: int, cpu: bool) -> str:
+        """The same for vLLM's CPU or GPU build, as a shell script for another machine."""
+        ours = {**VLLM_ENVIRONMENT, **(CPU_ENVIRONMENT if cpu else {}), **self.environment}
+        exports = [f"export {name}={shlex.quote(value)}" for name, value in ours.items()]
+        return "\n".join(["#!/bin/bash", *exports, f"exec python {shlex.join(self._arguments(port, cpu))}", ""])
+
+    def _arguments(self, port: int, cpu: bool) -> list[str]:
+        options = {**VLLM_OPTIONS, **(CPU_OPTIONS if cpu else {}), **self.options}
         where = {"model": self.model, "served-model-name": self.served_name, "host": self.host, "port": port}
-        return [sys.executable, "-c", VLLM_MAIN, *flags({**where, **options})]
+        return ["-c", VLLM_MAIN, *flags({**where, **options})]
 
     def variables(self) -> dict[str, str]:
         """The server's environment: what the user has set goes over our defaults, the specification over both."""
