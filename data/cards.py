@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ class Facts:
     lineage: dict[str, Any]
     rejected: Counter[str] = field(default_factory=Counter)
     prompts: dict[str, int] = field(default_factory=dict)  # what became of the prompts that were read
+    splits: list[str] = field(default_factory=list)  # those that have rows
     removed: list[Removed] = field(default_factory=list)
     rows: int = 0
     tokens: int = 0
@@ -47,22 +49,23 @@ class Facts:
     def card(self) -> str:
         """The card as Markdown with the Hub's metadata in front."""
         licenses = sorted({license for _, license in self.sources})
+        mixed = {"license": "other", "license_name": "per-row", "license_link": "README.md"}
         head = {
-            "license": licenses[0] if len(licenses) == 1 else "other",
+            **({"license": licenses[0]} if len(licenses) == 1 else mixed),
+            "pretty_name": self.title,
             "task_categories": ["text-generation"],
+            "size_categories": [_size_category(self.rows)],
             "tags": ["reasoning", "distillation"],
             "configs": [
                 {
                     "config_name": "default",
-                    "data_files": [{"split": s, "path": f"parquet/{s}-*.parquet"} for s in ("train", "validation")],
+                    "data_files": [{"split": name, "path": f"parquet/{name}-*.parquet"} for name in self.splits],
                 }
             ],
         }
-        # JSON is YAML, and quotes what needs quoting.
-        meta = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
         return "\n".join(
             [
-                f"---\n{meta}\n---\n",
+                _front_matter(head),
                 f"# {self.title}",
                 "",
                 f"{self.rows:,} reasoning traces, {self.tokens:,} completion tokens. Every trace passed every required",
@@ -92,6 +95,46 @@ class Facts:
     def _removed(self) -> list[str]:
         rows = [f"| {one.check} | {one.traces:,} | {one.alone:,} |" for one in self.removed]
         return ["| Check | traces that fail it | and no other |", "|---|---|---|", *rows, ""] if rows else []
+
+
+def with_fingerprints(card: str, fingerprints: Mapping[str, str]) -> str:
+    """The card with the artifacts that led to its dataset."""
+    lines = [f"- {stage}: `{fingerprint}`" for stage, fingerprint in fingerprints.items()]
+    return "\n".join([card.rstrip("\n"), *lines, ""])
+
+
+def with_rejected(card: str, counts: Mapping[str, int]) -> str:
+    """The card with a second configuration, ``rejected``: the traces that became no training rows, and why."""
+    _, head, body = card.split("---\n", 2)
+    metadata = {key: json.loads(value) for key, _, value in (line.partition(": ") for line in head.splitlines())}
+    files = [{"split": "rejected", "path": "rejected/rejected-*.parquet"}]
+    metadata["configs"] = [*metadata["configs"], {"config_name": "rejected", "data_files": files}]
+    lines = [
+        "",
+        "## The rejected traces",
+        "",
+        "The configuration `rejected` holds the traces that became no training rows: `question`, `thinking`,",
+        "`response`, and `reason`, which names the first check that stands against each. They are wrong, cut off,",
+        "circular or superfluous; nothing was trained on them.",
+        "",
+        *_table("Reason", sorted(counts.items(), key=lambda pair: -pair[1])),
+    ]
+    return _front_matter(metadata) + body.rstrip("\n") + "\n" + "\n".join(lines)
+
+
+def _front_matter(metadata: Mapping[str, Any]) -> str:
+    """The Hub's metadata, a key a line: JSON is YAML, and quotes what needs quoting."""
+    return "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items()) + "\n---\n"
+
+
+def _size_category(rows: int) -> str:
+    """The Hub's word for a number of rows."""
+    edges = ((1_000, "1K"), (10_000, "10K"), (100_000, "100K"), (1_000_000, "1M"), (10_000_000, "10M"))
+    below = "n<1K"
+    for (edge, name), (_, above) in zip(edges, [*edges[1:], (0, "100M")], strict=True):
+        if rows >= edge:
+            below = f"{name}<n<{above}"
+    return below
 
 
 def edge_name(edge: int) -> str:

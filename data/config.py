@@ -192,7 +192,8 @@ def _explain(
             where = lines.get((*plain, "kind"), where)
             messages.append(f"{where}: unknown kind '{problem['ctx']['tag']}'.{nearest(problem['ctx']['tag'], kinds)}")
         else:
-            messages.append(f"{where}: '{key}': {problem['msg']} (found {problem['input']!r}).")
+            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+            messages.append(f"{where}: '{key}': {problem['msg']}{found}.")
     return "\n".join(dict.fromkeys(messages))
 
 

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from r1distill.data import cards, schema
+from r1distill.data import cards, parquet, schema
 from r1distill.data.errors import R1DistillError
 from r1distill.data.result import Result
 from r1distill.data.selection import choose, removed
@@ -59,7 +57,7 @@ def build(
     schema.write_splits(out, list(SPLITS))
     _write_parquet(out)
     facts.rejected, facts.removed = choice.rejected, removed(verdicts)
-    facts.prompts = _account(prompts)
+    facts.prompts, facts.splits = _account(prompts), [name for name in SPLITS if kept[name]]
     (out / "README.md").write_text(facts.card(), encoding="utf-8")
     metrics = {
         "splits": dict(kept),
@@ -109,12 +107,9 @@ def _account(artifact: Path) -> dict[str, int]:
 
 
 def _write_parquet(out: Path) -> None:
-    folder = out / "parquet"
-    folder.mkdir(exist_ok=True)
-    for name in SPLITS:
+    for name in SPLITS:  # an empty split makes no file, and is not in the card: the Hub's viewer would fail on it
         table = schema.read(out / name, schema.TRAINING_ROW)
-        if table.num_rows:  # an empty split would make the Hub's viewer fail
-            pq.write_table(table, folder / f"{name}-00000-of-00001.parquet", compression="zstd")
+        parquet.write(table.to_batches(parquet.ROWS_PER_GROUP), schema.TRAINING_ROW, out / "parquet", name)
 
 
 def rows_of(dataset: Path, split: str) -> Iterator[dict[str, Any]]:

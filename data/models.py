@@ -53,10 +53,10 @@ ModelRef = Annotated[HubModel | PackageModel | FolderModel, Field(discriminator=
 
 
 def title(ref: ModelRef) -> str:
-    """The reference in the words a person would use."""
+    """The reference in the words a person would use; of a folder its name, since cards carry no path of a machine."""
     if isinstance(ref, HubModel):
         return ref.repo
-    return f"{ref.package}/{ref.file}" if isinstance(ref, PackageModel) else ref.path
+    return f"{ref.package}/{ref.file}" if isinstance(ref, PackageModel) else Path(ref.path).name
 
 
 def revision(ref: ModelRef) -> str:

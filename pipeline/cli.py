@@ -69,8 +69,7 @@ def distill(
     if dry_run:
         report.show_chain(runner.chain(run, until), out, as_json)
         return
-    if to not in ("folder", "hub"):
-        raise typer.BadParameter(f"--to takes 'folder' or 'hub', found '{to}'.")
+    _check_to(to)
     if pilot is not None:
         until = "prompts"
     stages = runner.stage_names(until)
@@ -94,7 +93,7 @@ def distill(
         return
     report.show_end(run, done, out, as_json)
     if to == "hub" and done[-1].step.stage.name == "publication":
-        _upload(done[-1].artifact.path, run)
+        _upload(done[-1].artifact.path, run.home, as_json=as_json)
     raise typer.Exit(GATE_FAILED if failed else 0)
 
 
@@ -271,22 +270,27 @@ def inspect(
 
 @app.command()
 def publish(
-    folder: Annotated[Path | None, typer.Argument(help="A publication artifact; default: the newest.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make the repositories public; default: private.")] = False,
+    folder: Annotated[
+        Path | None, typer.Argument(help="A publication artifact; default: the student's newest.")
+    ] = None,
     student: StudentName = DEFAULT_STUDENT,
     to: Annotated[str, typer.Option(help="'hub', or 'folder' to list what would be uploaded.")] = "folder",
+    public: Annotated[bool, typer.Option("--public", help="Make the repositories public; default: private.")] = False,
     changes: Changes = None,
+    as_json: Json = False,
 ) -> None:
-    """Upload a publication to the Hugging Face Hub, or list its files."""
+    """Upload a publication to the Hugging Face Hub, or check it and list its files with size and sha256."""
+    from r1distill.pipeline import report
     from r1distill.pipeline.run import Run
+    from r1distill.students import publish
 
+    _check_to(to)
     run = Run.load(student, overrides=changes or [])
-    path = folder or _newest(run.home / "publication")
+    path = folder or publish.newest(run.home, run.student.name)
     if to == "hub":
-        _upload(path, run, private=not public)
-        return
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != "manifest.json"):
-        out.print(f"{file.stat().st_size:>14,}  {file.relative_to(path)}", markup=False)
+        _upload(path, run.home, public, as_json)
+    else:
+        report.show_files(path, *publish.check(path, run.home), out, as_json)
 
 
 @app.command("embedded-teacher")
@@ -297,20 +301,16 @@ def embedded_teacher(changes: Changes = None) -> None:
     embedded.train(changes or [], out)
 
 
-def _upload(path: Path, run: Any, private: bool = True) -> None:
-    from r1distill.students import publish
-
-    for url in publish.upload(path, run.student, private=private):
-        out.print(f"published: {url}")
+def _check_to(to: str) -> None:
+    if to not in ("folder", "hub"):
+        raise typer.BadParameter(f"--to takes 'folder' or 'hub', found '{to}'.")
 
 
-def _newest(folder: Path) -> Path:
-    from r1distill.data.errors import RequestError
+def _upload(path: Path, home: Path, public: bool = False, as_json: bool = False) -> None:
+    from r1distill.pipeline import report
+    from r1distill.students.upload import upload
 
-    found = sorted(folder.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
-    if not found:
-        raise RequestError(f"there is no publication under {folder}. Make one first: make distill")
-    return found[-1].parent
+    report.show_published(upload(path, home, public=public), out, as_json)
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,9 @@ from r1distill.pipeline.runner import Done, Step
 
 if TYPE_CHECKING:
     from r1distill.pipeline.pilot import Pilot
+    from r1distill.students.catalogue import Publication
+    from r1distill.students.inventory import Entry
+    from r1distill.students.upload import Published
 
 
 def _table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
@@ -257,6 +262,34 @@ def show_pilot(pilot: Pilot, out: Console, as_json: bool) -> None:
         table.add_row(one.name, _amount(one.pilot), _amount(one.whole), f"{_amount(one.low)} – {_amount(one.high)}")
     out.print(table)
     out.print(f"{pilot.note} What the pilot asked for is in the ledger: the run will not ask it again.", markup=False)
+
+
+def show_files(folder: Path, publication: Publication, entries: list[Entry], out: Console, as_json: bool) -> None:
+    """Every file that would be uploaded, by repository, with its size and sha256."""
+    names = {"dataset": publication.dataset_repository, "model": publication.repository}
+    if as_json:
+        files = [{"repository": names[one.kind], "file": one.name, **asdict(one)} for one in entries]
+        print(json.dumps({"folder": str(folder), "repositories": names, "files": files}))
+        return
+    for kind, repository in names.items():
+        files = [one for one in entries if one.kind == kind]
+        out.print(f"{kind} {repository}: {len(files)} files, {_bytes(sum(one.size for one in files))}", markup=False)
+        for one in files:
+            open_card = "  (gets the dataset's commit when it is uploaded)" if one.path == "model/README.md" else ""
+            out.print(f"  {one.sha256}  {one.size:>16,}  {one.name}{open_card}", markup=False)
+
+
+def show_published(published: Iterable[Published], out: Console, as_json: bool) -> None:
+    """Each repository as soon as it is uploaded and loaded back, then the collection."""
+    done = []
+    for one in published:
+        done.append(one)
+        if as_json:
+            continue
+        what = f" at {one.commit}, {'new' if one.new else 'unchanged'}, loaded back" if one.commit else ""
+        out.print(f"published: {one.kind} {one.url}{what}", markup=False)
+    if as_json:
+        print(json.dumps([one.as_dict() for one in done]))
 
 
 def _amount(value: float) -> str:

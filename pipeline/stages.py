@@ -89,7 +89,7 @@ def verdicts(run: Run, inputs: Inputs, out: Path) -> Result:
 
 @stage(
     reads=("prompts", "traces", "verdicts"),
-    version=2,
+    version=3,
     label=lambda run: f"{run.teacher.name}-{run.prompts.name}",
     decides=lambda run: {"dataset": run.prompts.dataset.identity()},
 )
@@ -159,6 +159,7 @@ def scores(run: Run, inputs: Inputs, out: Path) -> Result:
 
 @stage(
     reads=("prompts", "traces", "verdicts", "dataset", "packs", "checkpoint", "variants", "scores"),
+    version=2,
     label=lambda run: run.student.name,
     decides=lambda run: run.identity_of_student("publication"),
 )
@@ -166,4 +167,4 @@ def publication(run: Run, inputs: Inputs, out: Path) -> Result:
     """A model repository and a dataset repository, complete with cards."""
     from r1distill.students import publish
 
-    return publish.build(run.student, dict(inputs), out, lineage=run.lineage())
+    return publish.build(run.student, dict(inputs), out, run.home, lineage=run.lineage())

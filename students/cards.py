@@ -1,12 +1,19 @@
-"""The model's card, computed from the artifacts: lineage, scores with intervals, variants, how to run, limits."""
+"""The model's card, computed from the artifacts: lineage, scores with intervals, variants, how to run, limits.
+
+Its text leaves open what only the upload knows: the repositories' full names and the dataset's commit (``fill``).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from r1distill.students.catalogue import GgufVariant, Student
+
+MODEL, DATASET, AT_COMMIT = "__MODEL__", "__DATASET__", "__AT_COMMIT__"  # what is open in the text
+LONG_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -19,55 +26,92 @@ class Story:
     scores: dict[str, Any]
     published: list[str]
     withheld: dict[str, str]  # variant: why
+    licences: list[str]  # the licence files beside the weights
+
+
+def fill(text: str, model: str, dataset: str, commit: str | None = None) -> str:
+    """The card with its repositories' names and, once the dataset is uploaded, its commit."""
+    at = f" at commit `{commit}`" if commit else ""
+    return text.replace(MODEL, model).replace(DATASET, dataset).replace(AT_COMMIT, at)
 
 
 def model_card(story: Story) -> str:
     """The card as Markdown with the Hub's metadata in front."""
     student, lineage = story.student, story.lineage
-    data = story.manifests["dataset"]
+    data, publication = story.manifests["dataset"], student.publication
     return "\n".join(
         [
             f"---\n{_metadata(story)}\n---\n",
-            f"# {student.publication.repository}",
+            f"# {publication.repository.split('/')[-1]}",
             "",
-            f"`{lineage['base']}` fine-tuned on {data['kept']:,} verified reasoning traces of `{lineage['teacher']}`.",
+            *([f"**{publication.notice}**", ""] if publication.notice else []),
+            f"`{lineage['base']}` fine-tuned on {data['kept']:,} verified reasoning traces of `{lineage['teacher']}`,",
+            f"the dataset `{DATASET}`{AT_COMMIT}.",
             "It thinks between `<think>` and `</think>` and then answers; the generation prompt opens the thinking.",
             "",
-            *([student.publication.notice, ""] if student.publication.notice else []),
             *_scores(story),
             *_variants(story),
             *_running(story),
             *_training(story),
             *_lineage(story),
-            "## Limits",
+            *_limits(story),
+            "## Licence",
             "",
-            "It was trained on one teacher's traces that passed the checks in the dataset's card, and scored on",
-            "the benchmarks above and no others. What it says outside those domains is not measured.",
+            f"The weights are under `{publication.license}`, their base under `{publication.base_license}`, and the",
+            f"traces' author under `{publication.teacher_license}`. The texts: {', '.join(story.licences)}.",
             "",
         ]
     )
 
 
 def _metadata(story: Story) -> str:
+    """The front matter as huggingface_hub writes and reads it."""
+    from huggingface_hub import ModelCardData
+
     publication = story.student.publication
-    results = [
-        {
-            "task": {"type": "text-generation"},
-            "dataset": {"type": name, "name": bench["title"]},
-            "metrics": [{"type": "pass@1", "value": round(100 * bench["models"]["student"]["accuracy"], 2)}],
-        }
-        for name, bench in story.scores["benchmarks"].items()
-    ]
-    head: dict[str, Any] = {
-        "license": publication.license,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["reasoning", "distillation"],
-        "model-index": [{"name": publication.repository, "results": results}],
-    }
+    base: dict[str, Any] = {}
     if story.student.base.kind == "hub":
-        head["base_model"] = story.lineage["base"]
-    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())  # JSON is YAML
+        base = {"base_model": story.lineage["base"], "base_model_relation": "finetune"}
+    head = ModelCardData(
+        license=publication.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["reasoning", "distillation"],
+        datasets=[DATASET],
+        model_name=publication.repository.split("/")[-1],
+        eval_results=list(_results(story)) or None,
+        **base,
+    )
+    return str(head.to_yaml()).strip()
+
+
+def _results(story: Story) -> Iterator[Any]:
+    """The student's accuracy on each benchmark in per cent, with its interval as the metric's arguments."""
+    from huggingface_hub import EvalResult
+
+    for name, bench in story.scores["benchmarks"].items():
+        row = bench["models"]["student"]
+        source = bench.get("source") or {}
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=source.get("repo") or name,
+            dataset_name=bench["title"],
+            dataset_config=source.get("config"),
+            dataset_split=source.get("split"),
+            dataset_revision=source.get("revision"),
+            metric_type="pass@1",
+            metric_name=f"pass@1, mean over {row['k']} samples a question",
+            metric_value=_percent(row["accuracy"]),
+            metric_args={
+                "interval_95": [_percent(row["low"]), _percent(row["high"])],
+                "questions": row["questions"],
+                "k": row["k"],
+            },
+        )
+
+
+def _percent(share: float) -> float:
+    return round(100 * share, 2)
 
 
 def _scores(story: Story) -> list[str]:
@@ -83,45 +127,107 @@ def _scores(story: Story) -> list[str]:
             for model, row in bench["models"].items()
         ]
         lines.append("")
-    return lines
+    lines += ["| gate | of | |", "|---|---|---|"]
+    lines += [
+        f"| {'passed' if gate['passed'] else 'failed'} | {gate['model']} | {gate['message']} |"
+        for gate in story.scores["gates"]
+    ]
+    return [*lines, ""]
 
 
 def _variants(story: Story) -> list[str]:
     if not story.student.variants:
         return []
-    sizes = {
-        model: row["size_bytes"]
-        for bench in story.scores["benchmarks"].values()
-        for model, row in bench["models"].items()
-    }
-    lines = ["## Variants", "", "| variant | kind | size | where |", "|---|---|---|---|"]
+    made = story.manifests["variants"]["metrics"]
+    cache = _cache_bytes(story.student)
+    lines = [
+        "## Variants",
+        "",
+        f"Memory is the files and the bf16 cache of one sequence of {LONG_TOKENS:,} tokens ({cache / 1e9:.2f} GB).",
+        "",
+        "| variant | kind | size | memory | accuracy | of the checkpoint's | divergence, nats | where |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name in story.published:
-        kind = story.student.variants[name].kind
-        lines.append(f"| {name} | {kind} | {(sizes.get(name) or 0) / 1e6:,.1f} MB | `variants/{name}` |")
+        facts = made.get(name, {})
+        size = facts.get("bytes") or 0
+        lines.append(
+            f"| {name} | {story.student.variants[name].kind} | {size / 1e9:,.3f} GB | {(size + cache) / 1e9:,.2f} GB "
+            f"| {' | '.join(_kept(story, name))} | {_number(facts.get('kl'))} | `variants/{name}` |"
+        )
     lines += [
-        f"| {name} | {story.student.variants[name].kind} | | withheld: {why} |" for name, why in story.withheld.items()
+        f"| {name} | {story.student.variants[name].kind} | | | | | | withheld: {why} |"
+        for name, why in story.withheld.items()
     ]
     return [*lines, ""]
 
 
+def _kept(story: Story, name: str) -> tuple[str, str]:
+    """A variant's accuracy on each benchmark, and what its gate says of it beside the checkpoint's."""
+    rows = [bench["models"].get(name) for bench in story.scores["benchmarks"].values()]
+    accuracy = ", ".join(f"{row['accuracy']:.1%}" for row in rows if row)
+    gates = [gate for gate in story.scores["gates"] if gate["model"] == name and gate["name"] == "recovered accuracy"]
+    return accuracy, gates[0]["message"].removeprefix("recovered accuracy: ") if gates else ""
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _cache_bytes(student: Student) -> int:
+    """Keys and values of every layer in bf16."""
+    shape = student.architecture
+    return 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * 2 * LONG_TOKENS
+
+
 def _running(story: Story) -> list[str]:
-    repository = story.student.publication.repository
     context = story.student.packs.context_tokens
     lines = [
         "## How to run it",
         "",
-        "Sample with temperature 0.6; greedy decoding makes reasoning loop. Give no system prompt. For mathematics,",
-        "end the question with: Please reason step by step, and put your final answer within \\boxed{}.",
+        "Sample with temperature 0.6 and top-p 0.95; greedy decoding makes reasoning loop. Give no system prompt. For",
+        "mathematics, end the question with: Please reason step by step, and put your final answer within \\boxed{}.",
         "",
-        "```",
-        f"vllm serve {repository} --max-model-len {context}",
+        "With vLLM:",
+        "",
+        *_block("sh", f"vllm serve {MODEL} --max-model-len {context}"),
+        "With transformers:",
+        "",
+        *_block(
+            "python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{MODEL}")',
+            f'model = AutoModelForCausalLM.from_pretrained("{MODEL}", dtype="auto", device_map="auto")',
+            'question = [{"role": "user", "content": "What is 17 + 25?"}]',
+            "inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors='pt',",
+            "                                       return_dict=True).to(model.device)",
+            f"output = model.generate(**inputs, max_new_tokens={context // 2})",
+            "print(tokenizer.decode(output[0, inputs['input_ids'].shape[1]:]))",
+        ),
     ]
     for name in story.published:
+        fetch = f"hf download {MODEL} --include 'variants/{name}/*' --local-dir ."
         if isinstance(story.student.variants[name], GgufVariant):
-            lines.append(f"llama-server -m variants/{name}/*.gguf --jinja -c {context}")
+            lines += [f"{name}, with llama.cpp or Ollama:", ""]
+            lines += _block(
+                "sh",
+                fetch,
+                f"llama-server -m variants/{name}/*.gguf --jinja -c {context}",
+                f"ollama create {_ollama_name(story)} -f variants/{name}/Modelfile",
+            )
         else:
-            lines.append(f"vllm serve ./variants/{name} --max-model-len {context}")
-    return [*lines, "```", ""]
+            lines += [f"{name}, with vLLM:", ""]
+            lines += _block("sh", fetch, f"vllm serve ./variants/{name} --max-model-len {context}")
+    return lines
+
+
+def _ollama_name(story: Story) -> str:
+    return story.student.publication.repository.split("/")[-1].lower()
+
+
+def _block(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```", ""]
 
 
 def _training(story: Story) -> list[str]:
@@ -137,7 +243,28 @@ def _training(story: Story) -> list[str]:
 
 
 def _lineage(story: Story) -> list[str]:
-    lines = ["## Lineage", "", *(f"- {key}: `{value}`" for key, value in story.lineage.items())]
-    lines += [f"- {stage}: `{manifest['fingerprint']}`" for stage, manifest in story.manifests.items()]
+    """Names and commits, then each artifact by its fingerprint, in the order in which they were made."""
+    lines = ["## Lineage", "", *(f"- {key.replace('_', ' ')}: `{value}`" for key, value in story.lineage.items())]
+    lines += [
+        f"- {stage}: `{made['fingerprint']}`, {made['read']:,} {made['unit']} read, {made['kept']:,} kept"
+        for stage, made in story.manifests.items()
+    ]
+    lines.append(f"- dataset repository: `{DATASET}`{AT_COMMIT}")
     versions = story.manifests["checkpoint"]["versions"]
     return [*lines, "- made with " + ", ".join(f"{name} {version}" for name, version in versions.items()), ""]
+
+
+def _limits(story: Story) -> list[str]:
+    data = story.manifests["dataset"]
+    gone = ", ".join(f"{json.dumps(reason)} {count:,}" for reason, count in sorted(data["rejected"].items()))
+    return [
+        "## Limits",
+        "",
+        "It was trained on one teacher's traces that passed the checks in the dataset's card, and scored on the",
+        "benchmarks above and no others: what it says outside those domains, and in languages other than its traces',",
+        f"is not measured. Nothing was done about safety beyond what base and teacher bring. Context: "
+        f"{story.student.packs.context_tokens:,} tokens",
+        "in training; longer conversations were not tried. Earlier turns are shown to it without their thinking.",
+        *([f"Of the traces read, these did not become training rows: {gone}."] if gone else []),
+        "",
+    ]

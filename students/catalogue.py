@@ -252,14 +252,32 @@ class Twin(Settings):
     recorded: Annotated[FileSource | HubSource, Field(discriminator="kind")] | None = None
 
 
+REPOSITORY = r"^([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*$"  # [owner/]name
+
+
 class Publication(Settings):
     """Where it goes and under which terms. A repository without an owner goes to the uploading account."""
 
-    repository: str
-    dataset_repository: str
-    license: str  # an identifier of the Hub
+    repository: str = Field(pattern=REPOSITORY)
+    dataset_repository: str = Field(pattern=REPOSITORY)
+    license: str  # an identifier of the Hub, as the two below
     base_license: str
+    teacher_license: str = "mit"  # under which the traces' author is; DeepSeek-R1's
     notice: str | None = None  # what the base's licence asks to be shown
+    rejected_traces: bool = False  # as a second configuration of the dataset, with the reason against each
+    accept_licences: tuple[str, ...] = ()  # of sources: those that stand against publishing, and that you may publish
+    harmless: tuple[str, ...] = ()  # whole texts that look like keys or paths and are none
+    collection: str = Field("R1 Distill", min_length=1, max_length=60)  # what ties model and dataset together
+
+    @model_validator(mode="after")
+    def _llama(self) -> Publication:
+        """Section 1.b.i of Llama's licences: the name begins with Llama, and "Built with Llama" is displayed."""
+        if self.base_license.startswith("llama"):
+            if not self.repository.split("/")[-1].startswith("Llama"):
+                raise ValueError(f"the licence {self.base_license} wants a repository whose name begins with 'Llama'")
+            if self.notice != "Built with Llama":
+                raise ValueError(f"the licence {self.base_license} wants the notice 'Built with Llama'")
+        return self
 
 
 class Student(Settings):

@@ -1,52 +1,91 @@
-"""The publication: a model repository and a dataset repository as folders, and their upload to the Hub."""
+"""The publication: a model repository and a dataset repository as folders that need no hand after.
+
+Nothing is laid out where a gate of the checkpoint failed, where a source's licence forbids it, or where a key, a token
+or a path of this machine is in a file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from r1distill.data import cards as data_cards
+from r1distill.data import licences, rejected
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.result import Result
-from r1distill.students.cards import Story, model_card
-from r1distill.students.catalogue import Student
+from r1distill.students import inventory, terms
+from r1distill.students.cards import Story, fill, model_card
+from r1distill.students.catalogue import Publication, Student
+from r1distill.students.inventory import Entry
+from r1distill.students.leaks import Leaks
 
 LEFT_OUT = {"manifest.json", "loss.json", "README.md"}
-SECRET = re.compile(rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}")
 
 
-def build(student: Student, inputs: dict[str, Path], out: Path, *, lineage: dict[str, Any]) -> Result:
+def build(student: Student, inputs: dict[str, Path], out: Path, home: Path, *, lineage: dict[str, Any]) -> Result:
     """Lay out ``out/model`` and ``out/dataset``; files are hard links where the disk allows it.
 
     A variant whose gate failed is withheld. Counts are of variants and the checkpoint.
     """
-    for folder in ("model", "dataset"):
+    for folder in inventory.KINDS:
         shutil.rmtree(out / folder, ignore_errors=True)  # what a killed attempt left
     manifests = {stage: json.loads((path / "manifest.json").read_text("utf-8")) for stage, path in inputs.items()}
     scores = json.loads((inputs["scores"] / "scores.json").read_text("utf-8"))
-    failed = {gate["model"]: gate["message"] for gate in scores["gates"] if not gate["passed"]}
-    if "checkpoint" in failed:
-        raise R1DistillError(f"the checkpoint failed its gate ({failed['checkpoint']}): nothing is published.")
+    failed = failed_gates(scores)
+    if against := {model: why for model, why in failed.items() if model not in student.variants}:
+        raise R1DistillError(
+            "a gate failed that stands before all publication: "
+            + "; ".join(f"{model}: {why}" for model, why in against.items())
+            + ". Nothing is published."
+        )
+    parquet = (inputs["dataset"] / "parquet").glob("*.parquet")
+    licences.check(licences.of_files(parquet), student.publication.accept_licences)
     published = [name for name in student.variants if name not in failed]
+    _lay_out_dataset(student.publication, inputs, manifests, out / "dataset")
     _link(inputs["checkpoint"], out / "model")
     for name in published:
         _link(inputs["variants"] / name, out / "model" / "variants" / name)
-    _link(inputs["dataset"] / "parquet", out / "dataset" / "parquet")
-    shutil.copy(inputs["dataset"] / "README.md", out / "dataset" / "README.md")
-    story = Story(
-        student, lineage, manifests, scores, published, {n: w for n, w in failed.items() if n in student.variants}
-    )
-    (out / "model" / "README.md").write_text(model_card(story), encoding="utf-8")
+    texts = terms.write(student, home, out / "model")
+    withheld = {name: why for name, why in failed.items() if name in student.variants}
+    card = model_card(Story(student, lineage, manifests, scores, published, withheld, texts))
+    (out / inventory.CARD).write_text(card, encoding="utf-8")
+    names = student.publication.repository, student.publication.dataset_repository
+    (out / "model" / "README.md").write_text(fill(card, *names), encoding="utf-8")
     shutil.copy(inputs["scores"] / "scores.json", out / "model" / "scores.json")
-    _refuse_secrets(out)
-    rejected = {"failed its gate": len(story.withheld)} if story.withheld else {}
-    files = [path for path in out.rglob("*") if path.is_file() and ".work" not in path.parts]
-    metrics = {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
-    return Result(1 + len(student.variants), 1 + len(published), rejected, metrics, unit="models")
+    entries = inventory.record(out)
+    Leaks(home, student.publication.harmless).check(out, [one.path for one in entries])
+    rejections = {"failed its gate": len(withheld)} if withheld else {}
+    metrics = {"files": len(entries), "bytes": sum(one.size for one in entries)}
+    return Result(1 + len(student.variants), 1 + len(published), rejections, metrics, unit="models")
+
+
+def failed_gates(scores: dict[str, Any]) -> dict[str, str]:
+    """The models whose gates failed, and why; whatever is no variant stands before all publication."""
+    failed: dict[str, str] = {}
+    for gate in scores["gates"]:
+        if not gate["passed"]:
+            failed[gate["model"]] = "; ".join(filter(None, (failed.get(gate["model"]), gate["message"])))
+    return failed
+
+
+def _lay_out_dataset(
+    publication: Publication, inputs: dict[str, Path], manifests: dict[str, dict[str, Any]], out: Path
+) -> None:
+    """Parquet and card, with the fingerprints of what it was made from; nothing of the student, who shares it."""
+    _link(inputs["dataset"] / "parquet", out / "parquet")
+    card = (inputs["dataset"] / "README.md").read_text(encoding="utf-8")
+    stages = [name for name in ("prompts", "traces", "verdicts", "dataset") if name in manifests]
+    card = data_cards.with_fingerprints(card, {name: manifests[name]["fingerprint"] for name in stages})
+    if publication.rejected_traces:
+        folders = (inputs[name] for name in ("prompts", "traces", "verdicts", "dataset"))
+        counts = rejected.write(*folders, out / "rejected")
+        licences.check(licences.of_files((out / "rejected").glob("*.parquet")), publication.accept_licences)
+        if counts:
+            card = data_cards.with_rejected(card, counts)
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
 def _link(source: Path, target: Path) -> None:
@@ -62,45 +101,34 @@ def _link(source: Path, target: Path) -> None:
             shutil.copy(file, place)
 
 
-def _refuse_secrets(out: Path) -> None:
-    """Raise where a text file holds something that looks like a key, or a path of this machine."""
-    here = str(Path.home()).encode()
-    for file in (path for path in out.rglob("*") if path.suffix in (".json", ".md", ".jinja", ".txt")):
-        text = file.read_bytes()
-        if SECRET.search(text):
-            raise R1DistillError(f"{file} holds something that looks like a key or token: nothing is published.")
-        if len(here) > 6 and here + b"/" in text:
-            raise R1DistillError(f"{file} holds a path of this machine ({here.decode()}): nothing is published.")
+def check(folder: Path, home: Path) -> tuple[Publication, list[Entry]]:
+    """What a sealed publication says of itself and its files, after every reason not to upload it was looked for.
 
-
-def upload(folder: Path, student: Student, *, private: bool = True) -> Iterator[str]:
-    """Upload a publication's two folders, one commit each, and yield their addresses.
-
-    Raises RequestError without a token, or where the token may not write.
+    Raises RequestError where it is none, R1DistillError where it is damaged, where a gate failed, or where something
+    of this machine is in it.
     """
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError
+    manifest = inventory.read_manifest(folder)
+    entries = inventory.check(folder)
+    publication = Publication.model_validate(manifest["identity"]["decides"]["publication"])
+    variants = {path.name for path in (folder / "model" / "variants").glob("*")}
+    failed = failed_gates(json.loads((folder / "model" / "scores.json").read_text(encoding="utf-8")))
+    if against := [f"{model}: {why}" for model, why in failed.items() if model == "checkpoint" or model in variants]:
+        raise R1DistillError(f"{folder} holds what failed its gate ({'; '.join(against)}): nothing is published.")
+    licences.check(licences.of_files((folder / "dataset").rglob("*.parquet")), publication.accept_licences)
+    Leaks(home, publication.harmless).check(folder, [*(one.path for one in entries), inventory.CARD])
+    return publication, entries
 
-    for name in ("model", "dataset"):
-        if not (folder / name / "README.md").is_file():
-            raise RequestError(f"{folder / name} holds no publication. Make one first: make distill")
-    if not get_token():
-        raise RequestError("uploading needs a token of the Hub: set HF_TOKEN to one that may write.")
-    api = HfApi()
-    publication = student.publication
-    repositories = (("model", publication.repository), ("dataset", publication.dataset_repository))
-    for kind, repository in repositories:
-        try:
-            url = api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=url.repo_id,
-                repo_type=kind,
-                folder_path=folder / kind,
-                commit_message=f"r1distill: {folder.name}",
-            )
-        except HfHubHTTPError as error:
-            raise R1DistillError(
-                f"the Hub refused {repository} ({error.response.status_code}). Check that HF_TOKEN may write there; "
-                "what was uploaded is kept, so run the same command again."
-            ) from None
-        yield str(url)
+
+def newest(home: Path, student: str) -> Path:
+    """The student's publication that was sealed last; raises RequestError where there is none."""
+    found = [path for path in (home / "publication").glob(f"{student}-*/manifest.json") if _is_of(path, student)]
+    if not found:
+        raise RequestError(
+            f"there is no publication of '{student}' under {home}. Make one: make distill STUDENT={student}"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def _is_of(manifest: Path, student: str) -> bool:
+    """Whether it is this student's, and not one's whose name only begins like it."""
+    return manifest.parent.name.rpartition("-")[0] == student
