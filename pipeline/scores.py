@@ -103,6 +103,7 @@ def table(bench: Benchmark, everyone: Sequence[Contender], answers: Rows, repo: 
     return {
         "title": bench.title,
         "settings": {
+            "repo": getattr(bench.source, "repo", None),
             "revision": sources.revision(bench.source),
             **{name: getattr(bench, name) for name in ("k", "temperature", "top_p", "max_tokens", "limit")},
         },

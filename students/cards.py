@@ -91,14 +91,12 @@ def _results(story: Story) -> Iterator[Any]:
 
     for name, bench in story.scores["benchmarks"].items():
         row = bench["models"]["student"]
-        source = bench.get("source") or {}
+        asked = bench.get("settings", {})
         yield EvalResult(
             task_type="text-generation",
-            dataset_type=source.get("repo") or name,
+            dataset_type=asked.get("repo") or name,
             dataset_name=bench["title"],
-            dataset_config=source.get("config"),
-            dataset_split=source.get("split"),
-            dataset_revision=source.get("revision"),
+            dataset_revision=asked.get("revision"),
             metric_type="pass@1",
             metric_name=f"pass@1, mean over {row['k']} samples a question",
             metric_value=_percent(row["accuracy"]),
@@ -115,17 +113,29 @@ def _percent(share: float) -> float:
 
 
 def _scores(story: Story) -> list[str]:
-    lines = ["## Scores", "", "Mean over k samples a question, with a bootstrap 95% interval over questions.", ""]
+    lines = [
+        "## Scores",
+        "",
+        "Accuracy is the mean over k samples a question, with a bootstrap 95% interval over questions. A truncated",
+        "answer is wrong.",
+        "",
+    ]
     for name, bench in story.scores["benchmarks"].items():
         lines += [
-            f"| {bench['title']} ({name}) | accuracy | 95% interval | questions × k | truncated | tokens |",
-            "|---|---|---|---|---|---|",
+            f"| {bench['title']} ({name}) | accuracy | 95% interval | questions × k "
+            "| cons@k | truncated | looped | tokens |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {model} | {row['accuracy']:.1%} | {row['low']:.1%} – {row['high']:.1%} "
-            f"| {row['questions']} × {row['k']} | {row['truncated']:.1%} | {row['mean_tokens']:.0f} |"
+            f"| {row['questions']} × {row['k']} | {_shown(row.get('cons'), '.1%')} | {row['truncated']:.1%} "
+            f"| {_shown(row.get('looped'), '.1%')} | {_shown(row['mean_tokens'], ',.0f')} |"
             for model, row in bench["models"].items()
         ]
+        if figure := bench.get("published"):
+            lines.append(
+                f"| {figure['model']}, as published | {figure['accuracy']:.1%} | | k = {figure['k']} | | | | |"
+            )
         lines.append("")
     lines += ["| gate | of | |", "|---|---|---|"]
     lines += [
@@ -133,6 +143,10 @@ def _scores(story: Story) -> list[str]:
         for gate in story.scores["gates"]
     ]
     return [*lines, ""]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def _variants(story: Story) -> list[str]:
@@ -153,7 +167,7 @@ def _variants(story: Story) -> list[str]:
         size = facts.get("bytes") or 0
         lines.append(
             f"| {name} | {story.student.variants[name].kind} | {size / 1e9:,.3f} GB | {(size + cache) / 1e9:,.2f} GB "
-            f"| {' | '.join(_kept(story, name))} | {_number(facts.get('kl'))} | `variants/{name}` |"
+            f"| {' | '.join(_kept(story, name))} | {_shown(facts.get('kl'), '.4f')} | `variants/{name}` |"
         )
     lines += [
         f"| {name} | {story.student.variants[name].kind} | | | | | | withheld: {why} |"
@@ -168,10 +182,6 @@ def _kept(story: Story, name: str) -> tuple[str, str]:
     accuracy = ", ".join(f"{row['accuracy']:.1%}" for row in rows if row)
     gates = [gate for gate in story.scores["gates"] if gate["model"] == name and gate["name"] == "recovered accuracy"]
     return accuracy, gates[0]["message"].removeprefix("recovered accuracy: ") if gates else ""
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _cache_bytes(student: Student) -> int:

@@ -66,8 +66,9 @@ class Leaks:
         for path in self._paths:
             if path in raw:
                 return f"a path of this machine ({path.decode()})"
-        if not anywhere and (match := PATH.search(raw)) and match[0] not in self._harmless:
-            return f"a path of a machine ({match[0].decode()})"
+        for found in () if anywhere else PATH.finditer(raw):
+            if found[0] not in self._harmless:
+                return f"a path of a machine ({found[0].decode()})"
         return ""
 
 

@@ -80,8 +80,8 @@ def _lay_out_dataset(
     stages = [name for name in ("prompts", "traces", "verdicts", "dataset") if name in manifests]
     card = data_cards.with_fingerprints(card, {name: manifests[name]["fingerprint"] for name in stages})
     if publication.rejected_traces:
-        folders = (inputs[name] for name in ("prompts", "traces", "verdicts", "dataset"))
-        counts = rejected.write(*folders, out / "rejected")
+        read = inputs["prompts"], inputs["traces"], inputs["verdicts"], inputs["dataset"]
+        counts = rejected.write(*read, out / "rejected")
         licences.check(licences.of_files((out / "rejected").glob("*.parquet")), publication.accept_licences)
         if counts:
             card = data_cards.with_rejected(card, counts)

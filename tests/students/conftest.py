@@ -175,7 +175,7 @@ def sums_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUESTIONS = 12
-SCORED = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "questions": 10, "k": 2, "truncated": 0.0, "mean_tokens": 40.0,
+SCORED = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "questions": 10, "k": 2, "truncated": 0.0, "mean_tokens": 40.0, "cons": 0.75, "looped": None,
           "size_bytes": 1_000_000, "runtime": "vllm", "seconds": 1.0}  # fmt: skip
 
 
@@ -278,7 +278,12 @@ def write_gates(folders: dict[str, Path], student: Student, failed: str | None =
         {"name": "recovered accuracy", "model": name, "passed": name != failed, "message": "recovered accuracy: 50.0%"}
         for name in ("checkpoint", "reproduction", *student.variants)
     ]
-    scores = {"benchmarks": {"sums": {"title": "Sums", "models": models}}, "gates": gates}
+    scores = {
+        "benchmarks": {
+            "sums": {"title": "Sums", "settings": {"repo": "org/sums", "revision": "2" * 40}, "models": models}
+        },
+        "gates": gates,
+    }
     (folders["scores"] / "scores.json").write_text(json.dumps(scores))
 
 

@@ -42,6 +42,7 @@ def test_the_hubs_own_parser_reads_the_models_card(publication):
     assert card.data.datasets == ["Tiny-Traces"]
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == ("pass@1", 70.0, "Sums")
+    assert (result.dataset_type, result.dataset_revision) == ("org/sums", "2" * 40)
     assert result.metric_args == {"interval_95": [60.0, 80.0], "questions": 10, "k": 2}
     assert card.data.model_name == "Tiny-R1"
     stages = re.findall(r"^- (\w+): `[0-9a-f]{64}`", card.text, re.MULTILINE)
