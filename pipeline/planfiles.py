@@ -13,6 +13,7 @@ from pathlib import Path
 from r1distill.data.errors import RequestError
 from r1distill.data.models import HubModel, PackageModel
 from r1distill.pipeline import stageplan
+from r1distill.pipeline.evaluation import context_tokens
 from r1distill.pipeline.plan import Plan, training_layout
 from r1distill.pipeline.run import Run
 from r1distill.students import layout
@@ -63,9 +64,9 @@ def _serving(run: Run, answer: Plan, folder: Path) -> Iterator[Path]:
         spec = VllmSpec(name, teacher.served_name, options, teacher.environment)
         yield _script(folder / "serve.sh", spec.script(PORT, cpu))
     if answer.stage("scores").fits:
-        spec = VllmSpec(
-            CHECKPOINT, run.student.name, stageplan.student_options(run.student, run.hardware, run.benchmarks)
-        )
+        room = context_tokens(run.benchmarks)
+        options = {"max-model-len": room, **stageplan.student_options(run.student, run.hardware, room)}
+        spec = VllmSpec(CHECKPOINT, run.student.name, options)
         yield _script(folder / "serve-student.sh", spec.script(PORT, cpu).replace(CHECKPOINT, '"$1"'))
 
 
