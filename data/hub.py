@@ -102,17 +102,19 @@ def _reachable() -> bool:
     if proxy and not proxy_bypass(address.hostname or ""):
         address = urlsplit(proxy if "//" in proxy else f"//{proxy}")
     where = (address.hostname or "", address.port or (80 if address.scheme == "http" else 443))
-    connected = threading.Event()
+    connected: list[bool] = []
 
     def connect() -> None:
         try:
             socket.create_connection(where, CONNECT_SECONDS).close()
-            connected.set()
+            connected.append(True)
         except OSError:
             pass
 
-    threading.Thread(target=connect, daemon=True).start()
-    return connected.wait(CONNECT_SECONDS)
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    return bool(connected)
 
 
 def _access(kind: Kind, repo: str) -> Access:

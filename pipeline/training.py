@@ -93,11 +93,12 @@ def _kept(job: TrainingJob) -> float:
 def _states(job: TrainingJob) -> Memory:
     """Full, one process, DDP, FSDP2: 16 bytes a parameter: master weight, gradient and two moments in float32 (ZeRO,
     arXiv 1910.02054, section 3.1). ZeRO-3 by DeepSpeed: 18, since its master weights stand beside bf16 ones (arXiv
-    2506.13996 counts so: 144 GB for 8 B). An adapter: frozen weights in bf16 or NF4, and the adapter's own 16."""
+    2506.13996 counts so: 144 GB for 8 B). An adapter: frozen weights in bf16 (float32 on the CPU) or NF4, and its own
+    16 bytes a parameter."""
     a, share = job.architecture, 1 / job.shards / GIB
     if adapter := job.adapter_parameters:
         outside = _outside(a) if isinstance(job.method, QloraMethod) else a.parameters
-        frozen = BF16 * outside + NF4 * (a.parameters - outside)
+        frozen = (4 if job.layout.cpu else BF16) * outside + NF4 * (a.parameters - outside)
         states = {"weights": 4, "gradients": 4, "optimiser": 8}
         own = {part: size * adapter * share for part, size in states.items()}
         return {**own, "weights": frozen * share + own["weights"]}
@@ -279,14 +280,15 @@ def choose(student: Student, hardware: Hardware, mean_tokens: float) -> Choice:
     weighed: list[Choice] = []
     refused: dict[str, None] = {}
     for layout in _candidates(student, hardware):
-        try:
-            layouts.check_heads(layout, student.architecture)
-        except RequestError as error:
-            refused[f"Ulysses {layout.sequence_parallel}: {str(error).partition('. ')[0]}"] = None
+        degree, heads = layout.sequence_parallel, (student.architecture.heads, student.architecture.kv_heads)
+        if heads[0] % degree or (heads[1] % degree and degree % heads[1]):
+            refused[f"Ulysses {degree}: it can't share {heads[0]} heads and {heads[1]} key-value heads out evenly"] = (
+                None
+            )
             continue
         weighed.append(_weigh(student, hardware, layout, mean_tokens))
     if not weighed:
-        raise RequestError(f"no layout of this training works: {'; '.join(refused)}")
+        raise RequestError(f"no layout of this training works: {'; '.join(refused)}. Look at student.sft.launch.")
     fitting = sorted((one for one in weighed if one.fits), key=lambda one: one._order)
     taken = fitting[0] if fitting else min(weighed, key=lambda one: one.needed_gib / one.available_gib)
     fastest = max((one for one in fitting if not one.tight), key=lambda one: one.rate, default=taken)
@@ -355,12 +357,12 @@ def _candidates(student: Student, hardware: Hardware) -> list[Layout]:
     whole: dict[str, Any] = {"nodes": nodes, "processes_per_node": per_node, "cpu": cpu}
     alone = nodes * per_node == 1
     tried: list[dict[str, Any]] = [{**whole, "strategy": "one"}] if alone else [{**whole, "strategy": "ddp"}]
-    if not alone and not quantised:  # bitsandbytes' weights are not sharded
+    if not alone:
         if nodes > 1 and launch.nodes is None and not cpu:
             tried.append({**whole, "strategy": "fsdp2", "nodes": 1})
         tried += [] if cpu else [{**whole, "strategy": "fsdp2"}]
         tried += [{**whole, "strategy": "zero3"}] if launch.strategy == "zero3" else []
-        degrees = [n for n in DEGREES if per_node % n == 0]
+        degrees = [] if quantised else [n for n in DEGREES if per_node % n == 0]  # 4-bit weights are no ZeRO-3's
         tried += [] if cpu else [{**whole, "strategy": "zero3", "sequence_parallel": n} for n in degrees]
     if not cpu and launch.checkpointing is not False:
         tried += [{**one, "offload_activations": True} for one in tried if one["strategy"] != "ddp"]
