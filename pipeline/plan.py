@@ -42,6 +42,7 @@ class Plan:
     disk: Memory
     disk_free_gib: float
     assumptions: tuple[str, ...]
+    training_layout: Layout  # what the training is started with
     access: dict[str, Access] = field(default_factory=dict)  # repository → whether this account may have it
 
     def stage(self, name: str) -> StagePlan:
@@ -76,7 +77,14 @@ class Plan:
             }
             for stage in self.stages
         ]
-        return {**asdict(self), "fits": self.fits, "disk_fits": self.disk_fits, "stages": stages}
+        layout = self.training_layout.model_dump(mode="json")
+        return {
+            **asdict(self),
+            "training_layout": layout,
+            "fits": self.fits,
+            "disk_fits": self.disk_fits,
+            "stages": stages,
+        }
 
     def text(self) -> str:
         """The plan as a person reads it."""
@@ -133,6 +141,7 @@ def plan(
         disk=stageplan.disk(student, teacher, work),
         disk_free_gib=hardware.disk_gib,
         assumptions=(*work.assumptions, *_assumptions(hardware)),
+        training_layout=choice.layout,
     )
 
 

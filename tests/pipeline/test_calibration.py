@@ -93,6 +93,17 @@ def test_a_run_puts_down_what_its_stages_took(tmp_path, monkeypatch):
     assert stage(of_run(run), "checkpoint").tokens_per_second == 458.0
 
 
+def test_the_fullest_gpu_is_watched(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 1024\necho 40960\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(calibration, "POLL_SECONDS", 0.05)
+    with watching(on_gpu=True) as peak:
+        time.sleep(1)
+    assert peak.gib == 40
+
+
 def test_memory_of_children_and_their_children_is_seen(monkeypatch):
     monkeypatch.setattr(calibration, "POLL_SECONDS", 0.05)
     grandchild = "import time; block = bytearray(200 << 20); block[::4096] = b'1' * len(block[::4096]); time.sleep(1)"

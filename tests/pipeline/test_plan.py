@@ -362,6 +362,11 @@ def test_plan_is_json_and_text():
         "scores",
     ]
     assert "qwen-14b fits on 8xh200." in answer.text()
+    assert Layout.model_validate(loaded["training_layout"]) == answer.training_layout
+    for part in ("weights", "gradients", "optimiser", "activations", "logits", "buffers"):
+        assert loaded["stages"][1]["memory"][part] > 0
+    for part in ("weights", "KV cache", "activations", "logits", "buffers"):
+        assert loaded["stages"][0]["memory"][part] > 0
 
 
 def test_every_student_teacher_and_hardware_can_be_planned():
