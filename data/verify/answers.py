@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from r1distill.data.verify.quantities import NUMBERS_IN_WORDS
+
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _MARKER = re.compile(
     r"(?:^[\W_]*(?:(?:the|my|original)\s+)?(?:final\s+)?answer(?:\s*\([^)\n]*\))?[\s*_]*[:：][\s*_]*|^\s*#{3,4}\s+(?=[-$\d]))"
@@ -29,13 +31,20 @@ _HEDGE = re.compile(
 )
 _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 _QUANTITY = re.compile(
-    rf"(?<![\w.^_{{])[-−–]?\s?(?P<currency>\\?\$|[€£¥₹])?\s?[-−]?(?:{_NUMBER})"
-    rf"(?:\s?/\s?(?:{_NUMBER})(?!\w))?(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion|dozen)\b)?(?![\d^_])"
+    rf"(?<![\w.^_{{/])(?<!\{{[-−–])[-−–]?\s?(?P<currency>\\?\$|[€£¥₹])?\s?[-−]?(?:{_NUMBER})"
+    rf"(?:\s?/\s?(?:{_NUMBER})(?!\w))?(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion|dozen)\b)?"
+    r"(?![\d^_π√]|\s[π√]|[xyzn](?![a-z]))"  # 2π and 5x are more than a number
 )
 _INLINE = re.compile(
-    r"\\\((?P<a>[^\n]+?)\\\)|\\\[(?P<b>.+?)\\\]|\$\$(?P<c>[^$]+)\$\$|(?<![\\\w])\$(?P<d>[^$\n]+?)(?<!\\)\$", re.S
+    r"\\\((?P<a>[^\n]+?)\\\)|\\\[(?P<b>.+?)\\\]|\$\$(?P<c>[^$]+)\$\$|(?<![\\\w])\$(?P<d>(?:\\[^\n]|[^$\\\n])+?)\$", re.S
 )
 _BOLD = re.compile(r"\*\*(?P<bold>[^*\n]+)\*\*")
+_OPTION = re.compile(r"\(?[A-J]\)?[).:]\s*\S")  # (B) 42
+_COLON = re.compile(r"[^\d]*?(?P<pair>\d+\s?:\s?\d+(?:\s?[ap]\.?m\b\.?)?)\D*", re.I)  # 2:15 PM, 3:5
+_NUMERIC = re.compile(rf"\d|\\|^(?:{'|'.join(NUMBERS_IN_WORDS)})$", re.I)
+# An equation in letters is the answer; of a calculation it is what stands last.
+_WORDS_IN_FORMULA = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_EQUATION = re.compile(r"[^=≈]*[A-Za-z][^=≈]*=[^=≈]*")
 _GLUE = re.compile(r"(?:\\?(?:times|cdot|div)\b|[=≈+×÷*])")
 
 
@@ -110,18 +119,23 @@ def _stated(sentence: str, question: str) -> str | None:
     """The one quantity or formula that a sentence states, or None where there are several to choose from."""
     if len(sentence) > 600:
         return None
-    bold = list(
-        dict.fromkeys(m["bold"].strip(" .:") for m in _BOLD.finditer(sentence) if re.search(r"\d|\\", m["bold"]))
-    )
+    bold = list(dict.fromkeys(m["bold"].strip(" .:") for m in _BOLD.finditer(sentence) if _NUMERIC.search(m["bold"])))
     if len(bold) == 1 and "=" not in bold[0]:
         sentence = bold[0]
+    if _OPTION.match(sentence) and len(sentence) < 80:
+        return sentence.strip(" *.")
+    if colon := _COLON.fullmatch(sentence):
+        return colon["pair"]
+    if (formula := _only_formula(sentence)) and _EQUATION.fullmatch(_WORDS_IN_FORMULA.sub("", formula)):
+        return formula
     if "=" in sentence or "≈" in sentence:
         sentence = re.split(r"=|≈|\\approx", sentence)[-1]
     if formula := _only_formula(sentence):
         return formula
     numbers = {m.group().strip(): m for m in _QUANTITY.finditer(sentence)}
     if not numbers:
-        words = sentence.strip(" .*_$()\\[]")
+        if (words := sentence.strip(" .*_$()[]")).startswith("\\"):
+            return sentence.strip(" .*_$")
         return words if 0 < len(words.split()) <= 4 and not _GLUE.search(words) else None
     if len(numbers) == 1:
         return next(iter(numbers))
@@ -137,5 +151,5 @@ def _only_formula(sentence: str) -> str | None:
     formulas = [next(group for group in match.groups() if group) for match in _INLINE.finditer(sentence)]
     outside = _INLINE.sub(" ", sentence)
     if len(formulas) == 1 and not re.search(r"\d", outside) and len(formulas[0].split()) < 25:
-        return formulas[0].strip(" .,;")
+        return formulas[0].strip(" ,;").rstrip(" .,;")
     return None

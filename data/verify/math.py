@@ -29,6 +29,8 @@ _LABEL = re.compile(
     r"^(?:\\?(?:angle|triangle|overline|m)\s*\\?(?:angle)?\s*\{?\s*[A-Z]{1,3}\s*\}?|\|\s*[A-Za-z]+\s*\||[A-Z]{2,3}"
     r"|[A-Za-z](?:_\s*\{?\s*\w+\s*\}?)?'?\s*(?:\([^()=]*\))?|\\?[A-Za-z]{3,}(?: [A-Za-z]+){0,4})\s*=\s*(?=[^=<>]+$)"
 )
+_TURNED = re.compile(r"^([^=<>]*\d[^=<>]*?)\s*=\s*[A-Za-z]$")  # 5 = x
+_OPTION = re.compile(r"(?:\([A-J]\)|[A-J][).:])\s*(?=\S)")  # (B) 42
 _ROUNDED = re.compile(r"(?:,?\s*\bor\b\s*)?(?:\\approx(?![a-z])|≈|\b(?:which is )?(?:approximately|about)\b)")
 _RELATION = re.compile(r"[=<>≤≥]|\\(?:le|ge|lt|gt|ne)")
 _COMMA_DECIMAL = re.compile(r"-?\d{1,3}(?:[.,]\d{3})+|-?\d+[.,]\d+")
@@ -73,6 +75,8 @@ def answer_of(response: str, question: str = "") -> str | None:
 def _stated(wanted: str, found: str) -> bool | str:
     """The answer as it is written, or as the exact and the rounded value that it gives ("2/3, or about 0.667")."""
     verdict = compared(wanted, found)
+    if verdict is not True and (option := _OPTION.match(found)) and not words.is_words(wanted):
+        return compared(wanted, found[option.end() :]) is True or verdict
     values = [value.strip(" ,()") for value in _ROUNDED.split(found)]
     if verdict is True or len(values) < 2:
         return verdict
@@ -89,7 +93,7 @@ def compared(wanted: str, found: str) -> bool | str:
     """Whether two tidy answers are equal, or why that stays open."""
     if "_" not in wanted:
         found = _BASE_TEN.sub("", found)
-    if re.sub(r"\s", "", wanted) == re.sub(r"\s", "", found):
+    if _closed_up(wanted) == _closed_up(found):
         return True
     for rule in (_in_base, moments.compared, _as_numbers, _as_words, _as_ratios, _by_part):
         verdict = rule(wanted, found)
@@ -98,10 +102,15 @@ def compared(wanted: str, found: str) -> bool | str:
     return _by_collection(wanted, found)
 
 
+def _closed_up(text: str) -> str:
+    """Without spaces, but for those that tell "1, 234" from "1,234"."""
+    return re.sub(r"(?<!\d,)\s|\s(?!\d{3}(?!\d))", "", text)
+
+
 def _unnamed(wanted: str, found: str) -> tuple[str, str]:
     """Without the name of the value ("Area = 12") on one side where the other has none."""
     if _RELATION.search(wanted) is None:
-        return wanted, _LABEL.sub("", found)
+        return wanted, _LABEL.sub("", _TURNED.sub(r"\1", found))
     return (_LABEL.sub("", wanted) if _RELATION.search(found) is None else wanted), found
 
 
@@ -111,9 +120,20 @@ def _in_base(wanted: str, found: str) -> bool | str | None:
     if None in sides or not written:
         return None
     same = len({side["digits"].lstrip("0") for side in sides if side}) == 1
-    if same and _BASED.fullmatch(wanted) is None:
-        return "the answer is in a base, the reference names none"
+    if _BASED.fullmatch(wanted) is None:
+        return "the answer is in a base, the reference names none" if same else _in_base_ten(sides[1], wanted)
     return len(set(written)) == 1 and same
+
+
+def _in_base_ten(number: re.Match[str] | None, wanted: str) -> bool:
+    """Whether a number with its base is the ``wanted`` one in base ten."""
+    assert number
+    try:
+        return wanted.isdecimal() and int(number["digits"], int(_BASES.get(number["base"], number["base"]))) == int(
+            wanted
+        )
+    except ValueError:
+        return False
 
 
 def _as_numbers(wanted: str, found: str) -> bool | str | None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from r1distill.data.verify.units import NONE, Unit, known, unit
+from r1distill.data.verify.units import DOLLARS, NONE, Unit, known, unit
 
 SCALES = {
     "dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
 }  # fmt: skip
 
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
+_QUOTIENT = re.compile(r"\\frac\s*" + 2 * r"\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}\s*")  # of units
+_BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
+_WRAPPER = re.compile(
+    r"\\(?:text|text(?:bf|it|rm|sf|tt)|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mbox|operatorname|underline)\s*" + _BRACED
+)
+_FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)} | str.maketrans("、。　\u00a0−–", ",.  --")
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_ROOT = re.compile(r"([√∛])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
 # Units of one capital letter: once their \\text is gone, they look like variables.
 _SYMBOLS = {"N": "newton", "J": "joule", "K": "kelvin", "W": "watt", "V": "volt", "T": "tesla", "L": "liter"}
 _SYMBOL = re.compile(r"([\d}](?:\s|\\[,;: !]|~)*)\\(?:text|mathrm|textrm)\s*\{\s*([NJKWVTL])\s*\}(?!\s*_)")
@@ -48,6 +55,7 @@ _ONES = (
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 )  # fmt: skip
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+NUMBERS_IN_WORDS = (*_ONES, *_TENS)
 _IN_WORDS = re.compile(
     rf"(?P<minus>(?:negative|minus) )?"
     rf"(?:(?P<tens>{'|'.join(_TENS)})[- ]?)?(?P<ones>{'|'.join(reversed(_ONES))})?(?P<rest>\s.*)?",
@@ -68,14 +76,14 @@ class Quantity:
 
 def tidy(text: str) -> str:
     """LaTeX and Markdown dressing removed, so that equal answers are more often equal strings."""
-    text = text.replace("−", "-").replace("–", "-").replace("％", "%").replace(r"\%", "%").replace("\u00a0", " ")
+    text = (text if text.isascii() else _in_latex(text)).replace(r"\%", "%")
     text = re.sub(r"\\([dtc]frac)(?![a-z])", r"\\frac", text.replace("**", "").replace("{,}", ",").replace("{:}", ":"))
     text = re.sub(r"(?<!\\)\\!", "", re.sub(r",\\! *", ",", text))
-    text = re.sub("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda vulgar: rf"\frac{{{_VULGAR[vulgar[0]]}}}", text)
     text = re.sub(r"\\\\\s*\[[\d.]+(?:pt|ex|em|mm|cm)\]", r"\\\\", text)  # \\[4pt] between the rows of a matrix
     text = re.sub(r"(?<!\\)\\[\[\]()]|(?<!\\)\$\$", " ", text)
     text = re.sub(r"\\(?:text)?color\s*\{\s*\w+\s*\}", "", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![a-z])|\\deg\b", "°", text)
+    text = _QUOTIENT.sub(r" \1/\2 ", text)
     text = _SYMBOL.sub(lambda symbol: f"{symbol[1]} {_SYMBOLS[symbol[2]]} ", text)
     while (bare := _WRAPPER.sub(r" \1 ", text)) != text:
         text = bare
@@ -84,6 +92,15 @@ def tidy(text: str) -> str:
     text = text.replace("\0", r"\{").replace("\1", r"\}")
     text = re.sub(r"^\$(.*[^\d\s].*|[^$]*)\$$", r"\1", text.strip(), flags=re.S)
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
+
+
+def _in_latex(text: str) -> str:
+    """Full-width characters, roots, powers and fractions of one character in ASCII and LaTeX."""
+    text = text.translate(_FULL_WIDTH)
+    text = re.sub("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda vulgar: rf"\frac{{{_VULGAR[vulgar[0]]}}}", text)
+    text = re.sub(r"(?<=[\w)}])[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda power: f"^{{{power[0].translate(_RAISED)}}}", text)
+    index = {"√": "", "∛": "[3]"}
+    return _ROOT.sub(lambda root: rf"\sqrt{index[root[1]]}{{{root[2] or root[3] or root[4]}}}", text)
 
 
 def quantity(tidied: str) -> Quantity | None:
@@ -180,6 +197,9 @@ def equal(reference: Quantity, answer: Quantity) -> bool | None:
     Percent signs are taken or left: 20% equals 20 and 0.2. A decimal of at least four digits may be a rounded fraction.
     """
     ours, theirs = reference.unit, answer.unit
+    cents = theirs.measures == DOLLARS.measures and theirs.size != DOLLARS.size
+    if cents and not ours.name and reference.decimals and not _same_number(reference, answer):
+        answer = replace(answer, value=answer.value * theirs.size, unit=DOLLARS)  # 0.50 is 50 cents
     if ours.measures and theirs.measures and (ours.measures, ours.size) != (theirs.measures, theirs.size):
         sizes = (q.value * q.scale * q.unit.size for q in (reference, answer))
         return ours.measures == theirs.measures and len(set(sizes)) == 1

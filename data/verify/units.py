@@ -102,6 +102,9 @@ def _singular(word: str) -> str:
     return word.removesuffix("s") if len(word) > 2 and not word.endswith("ss") else word
 
 
+DOLLARS = unit("$")
+
+
 def known(text: str) -> bool:
     """Whether the phrase is a unit of the table."""
     return bool(unit(text).measures)

@@ -11,7 +11,7 @@ _CHOICE = re.compile(
     r"(?:[Cc]hoice |[Oo]ption )?\(?([A-J])\)?(?:[).:]\s*.*|\s*\(.*\)|\s+(?:[-$]*\d|\\frac|\\sqrt).*)?", re.S
 )
 _POLAR = {"yes": True, "true": True, "no": False, "false": False}
-_SHORT_FORMS = {"dne": "doesnotexist"}
+_SHORT_FORMS = {"dne": "doesnotexist", "emptyset": "nosolution", "nosolutions": "nosolution"}
 _FILLERS = {"a", "an", "the", "on", "in", "at", "by", "is"}
 _NEGATIONS = {"not", "no", "never", "neither", "nor", "non", "false", "incorrect", "isn", "cannot"}
 
