@@ -61,7 +61,7 @@ def prompt_of(source: FileSource | HubSource, index: int, record: dict[str, Any]
     arguments = _arguments(source, record.get("verifier_args"))
     if arguments is None:
         return None, "verifier_args is no JSON object"
-    if not _is_unicode(f"{question}{reference}{arguments}"):
+    if not is_unicode(f"{question}{reference}{arguments}"):
         return None, "unreadable: not Unicode"
     if reference is not None:
         reference = str(reference).rpartition("####")[2].strip()  # GSM8K: the answer follows its working
@@ -78,7 +78,7 @@ def prompt_of(source: FileSource | HubSource, index: int, record: dict[str, Any]
     return row, ""
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether ``text`` can be written; half a surrogate pair, which JSON can hold, can't."""
     try:
         text.encode()

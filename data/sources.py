@@ -13,6 +13,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from r1distill.data.config import Settings, nearest
 from r1distill.data.errors import RequestError
 
 Record = dict[str, Any]
+_ROWS_PER_BATCH = 512
 
 
 class Task(Settings):
@@ -149,7 +151,11 @@ def file_rows(path: Path) -> Iterator[Record | str]:
 
 
 def _json_rows(path: Path) -> Iterator[Record | str]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise RequestError(f"{path} can't be read: {error.strerror}.") from None
+    with file, gzip.open(file) if path.suffix == ".gz" else file as lines:
         while True:
             try:
                 line = lines.readline()
@@ -173,11 +179,31 @@ def _parquet_rows(path: Path) -> Iterator[Record | str]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=512):
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
         raise RequestError(f"{path} can't be read as Parquet: {error}") from None
+    with file:
+        for group in range(file.num_row_groups):
+            left = file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=[group]):
+                    yield from _batch_rows(batch)
+                    left -= batch.num_rows
+            except (pa.ArrowException, OSError) as error:
+                yield from repeat(f"unreadable: damaged Parquet ({type(error).__name__})", left)
+
+
+def _batch_rows(batch: Any) -> Iterator[Record | str]:
+    """The rows of an Arrow batch; one with text that is no UTF-8 or a date beyond Python's is lost alone."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError):
+        if batch.num_rows == 1:
+            yield "unreadable: a value that is none of its type"
+            return
+    for place in range(batch.num_rows):
+        yield from _batch_rows(batch.slice(place, 1))
 
 
 def _folder_rows(path: Path) -> Iterator[Record | str]:
@@ -188,7 +214,9 @@ def _folder_rows(path: Path) -> Iterator[Record | str]:
     except Exception as error:
         raise RequestError(f"{path} can't be read as a datasets folder: {error}") from None
     for part in [found] if isinstance(found, Dataset) else list(found.values()):
-        yield from part
+        for table in part.with_format("arrow").iter(_ROWS_PER_BATCH):
+            for batch in table.to_batches():
+                yield from _batch_rows(batch)
 
 
 def _hub_rows(source: HubSource) -> Iterator[Record | str]:

@@ -209,6 +209,22 @@ def test_recorded_parts_are_put_together(tmp_path):
     assert (row["completion"], row["state"], row["teacher_revision"]) == ("<think>so</think>4", "done", "2025-01")
 
 
+def test_recorded_rows_of_wrong_types_are_rejected_with_the_reason(tmp_path):
+    file = tmp_path / "traces.jsonl"
+    damages = [{"completion": 5}, {"finish_reason": ["stop"]}, {"reasoning": {}}, {"completion": "half \ud83d"}]
+    rows = [{"prompt": "a", "completion": "4", **damage, "prompt_tokens": 2**70} for damage in [*damages, {}]]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    teacher = recorded(file, source={"kind": "file", "path": str(file), "license": "mit"})
+    prompts = table_of_prompts(tmp_path / "prompts", ["a"])
+    result = traces.build(teacher, prompts, tmp_path / "out", tmp_path / "home", "")
+    reasons = {f"{kind} where text belongs": 1 for kind in ("int", "list", "dict")}
+    assert (result.read, result.kept) == (5, 1)
+    assert result.rejected == {**reasons, "unreadable: not Unicode": 1}
+    file.write_text("not JSON")
+    with pytest.raises(R1DistillError, match="answers none of these prompts: .*not JSON.*columns"):
+        traces.build(teacher, prompts, tmp_path / "none", tmp_path / "home", "")
+
+
 def test_a_recorded_file_that_is_not_there_is_told(tmp_path):
     prompts = table_of_prompts(tmp_path / "prompts", ["a"])
     with pytest.raises(RequestError, match="there is no file"):
