@@ -189,9 +189,9 @@ def record(run: Run, stage: str, metrics: Mapping[str, Any], seconds: float, pea
             tokens=tokens,
             predicted_seconds=None if hours is None else round(hours * 3600, 1),
             seconds=round(seconds, 1),
-            predicted_tokens_per_second=found.tokens_per_second,
+            predicted_tokens_per_second=found.tokens_per_second and round(found.tokens_per_second, 1),
             tokens_per_second=rate,
-            predicted_gib=found.needed_gib or None,
+            predicted_gib=round(found.needed_gib, 2) or None,
             gib=None if reserved else round(peak_gib, 2) or None,
         ),
     )
@@ -224,13 +224,12 @@ def check_teacher(teacher: Teacher, hardware: Hardware) -> None:
 
 
 def _only(answer: Plan, stages: Sequence[str]) -> Plan:
-    """The plan without the stages that won't run; the disk is counted where one that fills it does."""
-    if not stages:
-        return answer
-    kept = tuple(stage for stage in answer.stages if stage.stage in stages)
-    trains = {"checkpoint", "variants", "scores"} & set(stages)
-    filled = {part: size for part, size in answer.disk.items() if part in ("teacher", "traces and packs") or trains}
-    return replace(answer, stages=kept, disk=filled)
+    """The plan without the stages that won't run; the disk is counted where one that fills it does, and without the
+    traces: how many there will be is assumed here, and refuses nobody."""
+    kept = tuple(stage for stage in answer.stages if not stages or stage.stage in stages)
+    trains = not stages or {"checkpoint", "variants", "scores"} & set(stages)
+    counted = [part for part in answer.disk if part == "teacher" or (trains and part != "traces and packs")]
+    return replace(answer, stages=kept, disk={part: answer.disk[part] for part in counted})
 
 
 def _check_here(hardware: Hardware, here: Hardware | None) -> None:

@@ -110,6 +110,13 @@ def test_only_the_stages_that_will_run_are_checked():
     check(student("qwen-14b"), load_teacher("recorded"), named("laptop"), stages=["traces"])
 
 
+def test_how_many_traces_are_assumed_refuses_nobody():
+    endpoint, small = load_teacher("deepseek-api"), named("laptop")
+    answer = plan(student("qwen-14b"), endpoint, small)
+    assert answer.disk["traces and packs"] == pytest.approx(96, rel=0.02) and not answer.disk_fits
+    check(student("qwen-14b"), endpoint, small, stages=["prompts", "traces"])
+
+
 def test_a_full_disk_is_a_reason():
     small = named("laptop").model_copy(update={"disk_gib": 1.0})
     with pytest.raises(RequestError, match=r"disk: .* are free"):
