@@ -17,6 +17,7 @@ STUDENT ?= smollm2-135m
 TEACHER ?=
 PROMPTS ?=
 HARDWARE ?=
+TOKENIZER ?=
 UNTIL ?=
 SET ?=
 DEVICE ?= auto
@@ -43,7 +44,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3.12 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
 
-.PHONY: help setup distill plan status inspect publish embedded-teacher test soak bench lint clean
+.PHONY: help setup distill plan preflight status inspect publish embedded-teacher test soak bench lint clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -78,6 +79,9 @@ distill: setup
 
 plan: setup
 	@$(BIN)/r1distill plan $(REQUEST)
+
+preflight: setup
+	@$(BIN)/r1distill preflight --student '$(STUDENT)' $(CHANGES) $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)')
 
 status: setup
 	@$(BIN)/r1distill status

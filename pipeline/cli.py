@@ -79,6 +79,8 @@ def distill(
     if "verdicts" in stages or pilot is not None:
         run.check_sandbox(scored="scores" in stages)
     steps = runner.chain(run, until)
+    if pilot is None:
+        _preflight(run, steps)
     done: list[runner.Done] = []
     failed: list[str] = []
     for item in runner.execute(run, _until_gate(steps, failed)):
@@ -95,6 +97,14 @@ def distill(
     if to == "hub" and done[-1].step.stage.name == "publication":
         _upload(done[-1].artifact.path, run.home, as_json=as_json)
     raise typer.Exit(GATE_FAILED if failed else 0)
+
+
+def _preflight(run: Any, steps: list[Any]) -> None:
+    """Look at the student's base before its teacher is paid; a packaged base is ours and was looked at."""
+    from r1distill.students import preflight
+
+    if run.student.base.kind != "package" and any(step.stage.name == "packs" and not step.sealed() for step in steps):
+        preflight.require(run.student, run.home)
 
 
 def _until_gate(steps: list[Any], failed: list[str]) -> Any:
@@ -134,6 +144,26 @@ def plan(
         files = planfiles.write(run, answer, request, write)
     report.show_plan(answer, files, out, as_json)
     raise typer.Exit(0 if answer.fits else 2)
+
+
+@app.command()
+def preflight(
+    student: StudentName = DEFAULT_STUDENT,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder: the base's tokenizer, or a finished student; default: the base.")
+    ] = None,
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """Template, tokens, mask, BOS, end, RoPE and context of a student, checked in seconds; exits 2 where one fails."""
+    from r1distill.pipeline import report
+    from r1distill.pipeline.run import Run
+    from r1distill.students import preflight
+
+    run = Run.load(student, overrides=changes or [])
+    what, findings = preflight.look(run.student, tokenizer, run.home)
+    report.show_preflight(run.student.name, what, findings, out, as_json)
+    raise typer.Exit(0 if all(finding.passed for finding in findings) else 2)
 
 
 @app.command()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from r1distill.pipeline.pilot import Pilot
     from r1distill.students.catalogue import Publication
     from r1distill.students.inventory import Entry
+    from r1distill.students.preflight import Finding
     from r1distill.students.upload import Published
 
 
@@ -294,6 +295,23 @@ def show_published(published: Iterable[Published], out: Console, as_json: bool) 
 
 def _amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def show_preflight(student: str, what: str, findings: list[Finding], out: Console, as_json: bool) -> None:
+    """What a preflight found: a line for each check, and under a failed one what to do."""
+    failed = sum(not finding.passed for finding in findings)
+    if as_json:
+        rows = [asdict(finding) for finding in findings]
+        print(json.dumps({"student": student, "looked_at": what, "passed": not failed, "findings": rows}))
+        return
+    out.print(f"{student}: {what}", markup=False)
+    for finding in findings:
+        mark = "[green]✓[/green]" if finding.passed else "[red]✗[/red]"
+        out.print(f"{mark} {finding.check:<18}", end="")
+        out.print(finding.found if finding.passed else f"{finding.file}: {finding.found}", markup=False)
+        if not finding.passed:
+            out.print(f"{'':20}→ {finding.remedy}", markup=False)
+    out.print(f"{failed} of {len(findings)} findings need mending." if failed else "Nothing to mend.", markup=False)
 
 
 def show_plan(plan: Plan, files: list[Path], out: Console, as_json: bool) -> None:

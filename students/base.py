@@ -10,7 +10,7 @@ from r1distill.students.catalogue import Architecture
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 SHAPE = (
     "model_type",
@@ -23,17 +23,26 @@ SHAPE = (
 )
 
 
-def load(
-    architecture: Architecture, folder: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
-) -> PreTrainedModel:
-    """Load the base in ``folder`` with the student's rotary frequencies, context and untying, and its special tokens.
+# What DeepSeek publishes with its students: sampling, since greedy reasoning falls into loops.
+SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+
+
+def marks(tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+    """The ids that a model's settings repeat from its tokenizer."""
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def config(architecture: Architecture, folder: Path | None, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    """The base's config.json with the student's rotary frequencies, context and untying, and its special tokens.
+
+    Without ``folder`` it is what the student's file says alone.
 
     Raises RequestError where the base has another shape than the student's file says.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig
 
-    found, wanted = AutoConfig.from_pretrained(folder), architecture.to_config()
+    wanted = architecture.to_config()
+    found = AutoConfig.from_pretrained(folder) if folder else architecture.to_config()
     for key in SHAPE:
         if getattr(found, key) != getattr(wanted, key):
             raise RequestError(
@@ -41,25 +50,27 @@ def load(
                 f"the student's file says {getattr(wanted, key)}. "
                 "Correct 'base' or 'architecture'."
             )
-    untie = found.tie_word_embeddings and not architecture.tied
     found.tie_word_embeddings = architecture.tied
     found.rope_parameters = wanted.rope_parameters
     found.max_position_embeddings = architecture.max_position
     found.rms_norm_eps = architecture.rms_eps
-    found.bos_token_id = tokenizer.bos_token_id
-    found.eos_token_id = tokenizer.eos_token_id
-    found.pad_token_id = tokenizer.pad_token_id
-    model = AutoModelForCausalLM.from_pretrained(folder, config=found, dtype=dtype, attn_implementation="sdpa")
+    for name, token in marks(tokenizer).items():
+        setattr(found, name, token)
+    return found
+
+
+def load(
+    architecture: Architecture, folder: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load the base in ``folder`` as ``config`` has it. Raises what that raises."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    student = config(architecture, folder, tokenizer)
+    untie = AutoConfig.from_pretrained(folder).tie_word_embeddings and not architecture.tied
+    model = AutoModelForCausalLM.from_pretrained(folder, config=student, dtype=dtype, attn_implementation="sdpa")
     if untie:  # the checkpoint holds one matrix; the output embedding starts as a copy of it
         with torch.no_grad():
             model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
-    # What DeepSeek publishes with its students: sampling, since greedy reasoning falls into loops.
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.95,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    model.generation_config = GenerationConfig(**SAMPLING, **marks(tokenizer))
     return model
