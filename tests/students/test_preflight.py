@@ -189,7 +189,7 @@ def lowercase(spec: Spec) -> None:
 
 def split_otherwise(spec: Spec) -> None:
     split = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]
-    split["Regex"] = split["Regex"].replace("'s|'t|", "")  # "don't" is cut otherwise
+    split["Regex"] = split["Regex"].replace("\\s+(?!\\S)|", "")  # two spaces go together
 
 
 def lose_merges(spec: Spec) -> None:
