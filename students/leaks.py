@@ -14,7 +14,7 @@ from typing import Any
 
 from r1distill.data.config import ROOT
 from r1distill.data.errors import R1DistillError
-from r1distill.students.inventory import MAX_HEADER_BYTES
+from r1distill.students.inventory import MAX_HEADER_BYTES, Entry
 
 KEY = re.compile(
     rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[opsu]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,}"
@@ -42,59 +42,76 @@ class Leaks:
         places = {path.resolve() for path in (home, Path.home(), ROOT, Path.cwd())}
         self._paths = [str(path).encode() + b"/" for path in places if len(path.parts) > 2]
 
-    def check(self, folder: Path, names: Iterable[str]) -> None:
+    def check(self, folder: Path, entries: Iterable[Entry]) -> None:
         """Raise R1DistillError for the first of these files that holds something that must stay here."""
-        for name in names:
-            for text, anywhere in _texts(folder / name):
-                if problem := self._problem(text, anywhere):
-                    where = f"{name}{_row(folder / name, self, anywhere)}"
-                    raise R1DistillError(
-                        f"{where} holds {problem}: nothing is published. Remove it where it came from."
-                    )
+        seen: set[str] = set()
+        for one in entries:
+            if one.sha256 in seen:  # every variant carries the same tokenizer
+                continue
+            seen.add(one.sha256)
+            file = folder / one.path
+            for where, problem in self._of_table(file) if file.suffix == ".parquet" else self._of_text(file):
+                raise R1DistillError(
+                    f"{one.path}{where} holds {problem}: nothing is published. Remove it at its source."
+                )
 
-    def _problem(self, text: Any, anywhere: bool) -> str:
+    def _of_text(self, file: Path) -> Iterator[tuple[str, str]]:
+        """What is in a file that no reader has to unpack, piece by piece."""
+        left, tail = _text_bytes(file), b""
+        with file.open("rb") as handle:
+            while left and (chunk := handle.read(min(CHUNK, left))):
+                if problem := self._problem(tail + chunk):
+                    yield "", problem
+                left, tail = left - len(chunk), chunk[-OVERLAP:]
+
+    def _of_table(self, file: Path) -> Iterator[tuple[str, str]]:
+        """What is in the string columns of a Parquet file, and in which row. Arrow's own search reads them at the speed
+        of the disk; what it finds is looked at again."""
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        literals = [*self._secrets.values(), *self._paths]
+        anything = "|".join([KEY.pattern.decode(), *(rf"\Q{text.decode()}\E" for text in literals)])
+        first = 0
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=2048):
+                for column in batch.columns:
+                    for strings in _strings(column):
+                        for text in strings.filter(pc.match_substring_regex(strings, anything)).to_pylist():
+                            if problem := self._problem(text.encode(), prose=True):
+                                yield _row(batch, text, first), problem
+                first += batch.num_rows
+
+    def _problem(self, text: bytes, *, prose: bool = False) -> str:
+        """What is wrong with a text; ``prose`` may speak of any path but this machine's."""
         for match in KEY.finditer(text):
             if match[0] not in self._harmless and _stands_alone(text, match):
                 return (
                     f"what looks like a key or token ({match[0][:6].decode()}…; if it is none: "
                     '--set "student.publication.harmless=[…]" with the whole text)'
                 )
-        raw = bytes(text)
         for name, value in self._secrets.items():
-            if value in raw:
+            if value in text:
                 return f"the value of the environment variable {name}"
         for path in self._paths:
-            if path in raw:
+            if path in text:
                 return f"a path of this machine ({path.decode()})"
-        for found in () if anywhere else PATH.finditer(raw):
+        for found in () if prose else PATH.finditer(text):
             if found[0] not in self._harmless:
                 return f"a path of a machine ({found[0].decode()})"
         return ""
 
 
-def _stands_alone(text: Any, match: re.Match[bytes]) -> bool:
+def _stands_alone(text: bytes, match: re.Match[bytes]) -> bool:
     """The form is no piece of a longer word ("task-…"), and of sk-… no plain words with dashes."""
-    before = bytes(text[max(0, match.start() - 1) : match.start()])
-    if re.match(rb"[A-Za-z0-9_-]", before) and not match[0].startswith(b"-----"):
+    if match[0].startswith(b"-----"):
+        return True
+    if re.match(rb"[A-Za-z0-9_-]", text[max(0, match.start() - 1) : match.start()]):
         return False
     return not match[0].startswith(b"sk-") or any(char in b"0123456789" for char in match[0])
 
 
-def _texts(file: Path) -> Iterator[tuple[Any, bool]]:
-    """Pieces of a file in which something may be written, and whether they are prose that may speak of any path."""
-    if file.suffix == ".parquet":
-        for batch in _batches(file):
-            yield from ((text, True) for column in batch.columns for text in _strings(column))
-    else:
-        limit = _head_bytes(file)
-        with file.open("rb") as handle:
-            tail, left = b"", limit
-            while left and (chunk := handle.read(min(CHUNK, left))):
-                yield tail + chunk, False
-                tail, left = chunk[-OVERLAP:], left - len(chunk)
-
-
-def _head_bytes(file: Path) -> int:
+def _text_bytes(file: Path) -> int:
     """How much of a file is text: the whole of it, or what stands before the weights."""
     size = file.stat().st_size
     if file.suffix == ".safetensors":
@@ -107,15 +124,8 @@ def _head_bytes(file: Path) -> int:
     return size
 
 
-def _batches(file: Path) -> Iterator[Any]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(file) as table:
-        yield from table.iter_batches(batch_size=2048)
-
-
 def _strings(array: Any) -> Iterator[Any]:
-    """The text of an Arrow array's string values, nested ones included, as one buffer each."""
+    """The string arrays in an Arrow array, nested ones included."""
     import pyarrow as pa
 
     if pa.types.is_struct(array.type):
@@ -123,18 +133,21 @@ def _strings(array: Any) -> Iterator[Any]:
             yield from _strings(child)
     elif pa.types.is_list(array.type):
         yield from _strings(array.flatten())
-    elif pa.types.is_string(array.type) and (data := array.buffers()[2]) is not None:
-        yield memoryview(data)
+    elif pa.types.is_string(array.type):
+        yield array
 
 
-def _row(file: Path, leaks: Leaks, anywhere: bool) -> str:
-    """Which row of a Parquet file it is, for a person who has to look at it."""
-    if not anywhere:
-        return ""
-    number = 0
-    for batch in _batches(file):
-        for row in batch.to_pylist():
-            if leaks._problem(repr(row).encode(), True):
-                return f", row {number} (prompt {row.get('prompt_id')}),"
-            number += 1
+def _row(batch: Any, text: str, first: int) -> str:
+    """Which row it is, for a person who has to look at it."""
+    for number, row in enumerate(batch.to_pylist()):
+        if text in _leaves(row):
+            return f", row {first + number} (prompt {row.get('prompt_id')}),"
     return ""
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(one)
+    else:
+        yield value

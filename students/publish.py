@@ -56,7 +56,7 @@ def build(student: Student, inputs: dict[str, Path], out: Path, home: Path, *, l
     (out / "model" / "README.md").write_text(fill(card, *names), encoding="utf-8")
     shutil.copy(inputs["scores"] / "scores.json", out / "model" / "scores.json")
     entries = inventory.record(out)
-    Leaks(home, student.publication.harmless).check(out, [one.path for one in entries])
+    Leaks(home, student.publication.harmless).check(out, entries)
     rejections = {"failed its gate": len(withheld)} if withheld else {}
     metrics = {"files": len(entries), "bytes": sum(one.size for one in entries)}
     return Result(1 + len(student.variants), 1 + len(published), rejections, metrics, unit="models")
@@ -115,7 +115,7 @@ def check(folder: Path, home: Path) -> tuple[Publication, list[Entry]]:
     if against := [f"{model}: {why}" for model, why in failed.items() if model == "checkpoint" or model in variants]:
         raise R1DistillError(f"{folder} holds what failed its gate ({'; '.join(against)}): nothing is published.")
     licences.check(licences.of_files((folder / "dataset").rglob("*.parquet")), publication.accept_licences)
-    Leaks(home, publication.harmless).check(folder, [*(one.path for one in entries), inventory.CARD])
+    Leaks(home, publication.harmless).check(folder, entries)
     return publication, entries
 
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from r1distill.data.errors import R1DistillError
+from r1distill.students.inventory import Entry
 from r1distill.students.leaks import Leaks
 
 TOKEN = "hf_" + "aB3" * 12
@@ -21,7 +22,7 @@ def check(tmp_path):
 
     def found(name: str, content: bytes, **more) -> None:
         (tmp_path / name).write_bytes(content)
-        Leaks(tmp_path / "home", **more).check(tmp_path, [name])
+        Leaks(tmp_path / "home", **more).check(tmp_path, [Entry(name, len(content), "")])
 
     return found
 
@@ -104,9 +105,9 @@ def test_of_gguf_what_stands_before_the_tensors_is_read(tmp_path):
         writer.close()
         if wanted:
             with pytest.raises(R1DistillError, match="leak.gguf holds what looks like a key"):
-                Leaks(tmp_path / "home").check(tmp_path, [name])
+                Leaks(tmp_path / "home").check(tmp_path, [Entry(name, 0, "")])
         else:
-            Leaks(tmp_path / "home").check(tmp_path, [name])
+            Leaks(tmp_path / "home").check(tmp_path, [Entry(name, 0, "")])
 
 
 def test_a_row_of_a_table_is_named(tmp_path):
@@ -115,12 +116,12 @@ def test_a_row_of_a_table_is_named(tmp_path):
     table = pa.table({"prompt_id": [f"p{n}" for n in range(3000)], "messages": messages})
     pq.write_table(table, tmp_path / "train.parquet", compression="zstd")
     with pytest.raises(R1DistillError, match=r"train.parquet, row 2500 \(prompt p2500\), holds what looks like a key"):
-        Leaks(tmp_path / "home").check(tmp_path, ["train.parquet"])
-    Leaks(tmp_path / "home", harmless=[TOKEN]).check(tmp_path, ["train.parquet"])
+        Leaks(tmp_path / "home").check(tmp_path, [Entry("train.parquet", 0, "")])
+    Leaks(tmp_path / "home", harmless=[TOKEN]).check(tmp_path, [Entry("train.parquet", 0, "")])
 
 
 def test_the_runs_own_folder_is_no_part_of_a_table_either(tmp_path):
     text = [f"loaded from {tmp_path}/home/checkpoint/x"]
     pq.write_table(pa.table({"prompt_id": ["p"], "text": text}), tmp_path / "train.parquet")
     with pytest.raises(R1DistillError, match="a path of this machine"):
-        Leaks(tmp_path / "home").check(tmp_path, ["train.parquet"])
+        Leaks(tmp_path / "home").check(tmp_path, [Entry("train.parquet", 0, "")])
