@@ -90,22 +90,26 @@ def test_large_objects_go_up_in_parts(hub, send):
 
 
 def test_killed_in_the_middle_of_an_object_it_goes_on_without_sending_what_arrived(hub, send, publication):
-    """The command itself, killed while one shard is on its way."""
-    shards = sorted((publication / "model").glob("*.safetensors"))
-    oids = dict(line.split("  ")[::-1] for line in (publication / "SHA256SUMS").read_text().splitlines())
-    last = oids[f"model/{shards[-1].name}"]
-    hub.cut = {last}
+    """The command itself, killed while one object of two is on its way."""
+    oids = hashes(publication)
+    (cut,) = {oid for path, oid in oids.items() if "validation-" in path}
+    hub.cut = {cut}
     process = publish(hub, publication, "--to", "hub", wait=False)
-    hub.on_cut = lambda: len(hub.sent) >= 3 and process.send_signal(signal.SIGKILL)
+    hub.on_cut = lambda: hub.sent and process.send_signal(signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    assert hub.repos["models", "alice/Tiny-R1"].commits[1:] == []
+    assert [len(repo.commits) for repo in repositories(hub).values()] == [1]
     arrived = dict(hub.sent)
-    assert len(arrived) >= 3 and last not in arrived
+    assert arrived and cut not in arrived
     hub.cut = set()
     send()
-    assert len(hub.repos["models", "alice/Tiny-R1"].commits) == 2
-    assert hub.sent[last] == 1 and {oid: hub.sent[oid] for oid in arrived} == arrived
+    assert [len(repo.commits) for repo in repositories(hub).values()] == [2, 2]
+    assert hub.sent[cut] == 1 and {oid: hub.sent[oid] for oid in arrived} == arrived
+
+
+def hashes(publication):
+    """{path: sha256} as the publication says."""
+    return dict(line.split("  ")[::-1] for line in (publication / "SHA256SUMS").read_text().splitlines())
 
 
 def publish(hub, publication, *arguments, wait=True, **variables):
@@ -119,20 +123,31 @@ def publish(hub, publication, *arguments, wait=True, **variables):
     return process.communicate(timeout=300) if wait else process
 
 
-def test_the_command_lists_first_and_uploads_when_told(hub, publication):
-    listed, _ = publish(hub, publication, "--json")
-    files = json.loads(listed)["files"]
-    assert {one["path"] for one in files} == {
-        line.split("  ")[1] for line in (publication / "SHA256SUMS").read_text().splitlines()
-    }
+def test_the_command_lists_first(publication, capsys):
+    from rich.console import Console
+
+    from r1distill.pipeline import report
+    from r1distill.students.publish import check
+
+    report.show_files(publication, *check(publication, publication.parent.parent), Console(), as_json=True)
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert {one["path"]: one["sha256"] for one in files} == hashes(publication)
     assert all(one["size"] == (publication / one["path"]).stat().st_size for one in files)
-    assert not hub.asked
+    assert {one["repository"] for one in files} == {"Tiny-Traces", "Tiny-R1"}
+
+
+def test_the_command_uploads_when_told_and_opens_what_it_loaded_back(hub, publication):
     said, warned = publish(hub, publication, "--to", "hub", "--public")
     assert f"published: model {hub.url}/alice/Tiny-R1 at {hub.repos['models', 'alice/Tiny-R1'].id()}, new" in said, (
         warned
     )
     assert not any(repo.private for repo in repositories(hub).values())
     assert not any(one["private"] for one in hub.collections.values())
+    opened, loaded = (
+        [number for number, line in enumerate(hub.asked) if re.search(pattern, line)]
+        for pattern in ("PUT .*/settings", "GET .*/resolve/")
+    )
+    assert min(opened) > max(loaded)
 
 
 # What the Hub may answer.
@@ -217,7 +232,7 @@ def test_a_repository_that_is_public_already_takes_nothing_new_unless_told(hub, 
 
 
 def test_damage_on_the_way_is_found_by_loading_back_and_nothing_is_opened(hub, send, publication):
-    oids = dict(line.split("  ")[::-1] for line in (publication / "SHA256SUMS").read_text().splitlines())
+    oids = hashes(publication)
     name = next(path for path in oids if path.endswith(".parquet"))
     hub.damaged = {oids[name]}
     with pytest.raises(
