@@ -44,7 +44,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3.12 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
 
-.PHONY: help setup distill plan preflight status inspect publish embedded-teacher test soak bench lint clean
+.PHONY: help setup distill plan preflight status inspect publish embedded-teacher test soak bench bench-gpu lint clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -103,6 +103,9 @@ soak: setup
 
 bench: setup
 	@$(BIN)/python tests/bench/run.py $(BENCH)
+
+bench-gpu: setup
+	@$(BIN)/python -P -m r1distill.kernels.bench $(if $(BENCH),--only $(BENCH))
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def token_scores(
     ids are the tokens that follow, already shifted; negative ones ask for nothing. Rows of the head from ``vocab_size``
     on are padding and have no probability. k = 0 leaves the top-k away. Memory beyond inputs and results is about
     2 bytes · chunk_tokens · V in bfloat16; the reference takes fewer tokens at a time where a chunk would have over
-    2**25 logits. "auto" is "fused" on CUDA. Logits are rounded to hidden's dtype, as a model's own head rounds them.
+    2**26 logits. "auto" is "fused" on CUDA. Logits are rounded to hidden's dtype, as a model's own head rounds them.
 
     Raises ValueError for shapes that don't fit, and for ids outside the vocabulary.
     """

@@ -56,7 +56,7 @@ def topk_kl_loss(
     in place in backward, so one backward a forward; "none" (T,) makes them in backward, for one more product.
 
     ``chunk_tokens`` bounds memory beyond inputs and gradients: 2 bytes · chunk_tokens · V in bfloat16. The reference
-    takes fewer tokens at a time where a chunk would have over 2**25 logits. "auto" is "fused" on CUDA.
+    takes fewer tokens at a time where a chunk would have over 2**26 logits. "auto" is "fused" on CUDA.
 
     Returns float32 (float64 for float64 inputs). Raises ValueError for shapes that don't fit, ids or labels outside
     the vocabulary, repeated ids, and log-probabilities that are none.
