@@ -27,6 +27,9 @@ PROCESS_GIB = 1.5  # one Python process with torch and its libraries loaded
 GPU_SHARE = 0.9  # vLLM's default --gpu-memory-utilization
 BATCHED_TOKENS = 8192  # vLLM's default tokens in one step; its profile run reserves memory for them
 ALL_REDUCE_SECONDS = 10e-6  # of a small one between the GPUs of a node, beside its transfer: an assumption
+# A variant of SmolLM2-135M without tuning took 23 to 77 s on two cores: starting, then packing and writing.
+QUANTISING_START_SECONDS = 15.0
+PACKING_CORE_SECONDS = 2 * (77 - QUANTISING_START_SECONDS) / 134.5e6  # a parameter
 QUANTISED_TOKENS = 16_384  # that go through a block at once: students.quantise.TOKENS_AT_ONCE
 MAX_SEQUENCES = 256  # vLLM's default --max-num-seqs, of each data parallel rank
 
@@ -150,15 +153,14 @@ def layer_bytes_per_token(a: Architecture) -> float:
 
 def quantising_seconds(architecture: Architecture, variant: Variant, hardware: Hardware) -> float | None:
     """Of one variant on one GPU, or the machine: calibration text goes through every block twice (as it was, and
-    quantised) at 2 x parameters a token, and each tuning step trains on QUANTISED_TOKENS at 6. None where the GPU's
-    speed is not known.
-
-    Packing and writing come on top, and are all there is to rounding to nearest: take it for the least.
+    quantised) at 2 x parameters a token, and each tuning step trains on QUANTISED_TOKENS at 6; packing is the
+    machine's own work. None where the GPU's speed is not known.
     """
     calibration = variant.calibration_pieces * variant.calibration_tokens if variant.calibrated else 0
     tuned = variant.tuning_steps * min(calibration, QUANTISED_TOKENS)
     flops = (2 * 2 * calibration + 6 * tuned) * architecture.parameters
+    own = QUANTISING_START_SECONDS + PACKING_CORE_SECONDS * architecture.parameters / hardware.cores
     if not hardware.gpus:
-        return flops / (hardware.cores * CPU_TRAINING_TFLOPS_PER_CORE * 1e12)
+        return own + flops / (hardware.cores * CPU_TRAINING_TFLOPS_PER_CORE * 1e12)
     speed = hardware.gpu_bf16_tflops * 1e12 * hardware.training_utilisation
-    return flops / speed if speed else None
+    return own + flops / speed if speed else None
