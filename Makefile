@@ -44,7 +44,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3.12 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
 
-.PHONY: help setup distill plan preflight status inspect publish embedded-teacher test soak bench bench-gpu lint clean
+.PHONY: help setup distill plan preflight status report inspect publish embedded-teacher test soak bench bench-gpu lint clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -85,6 +85,9 @@ preflight: setup
 
 status: setup
 	@$(BIN)/r1distill status
+
+report: setup
+	@$(BIN)/r1distill report --student '$(STUDENT)'
 
 inspect: setup
 	@$(BIN)/r1distill inspect

@@ -285,6 +285,19 @@ def evaluate(
     report.show_evaluation(artifact, out, as_json)
 
 
+@app.command("report")
+def write_report(
+    student: StudentName = DEFAULT_STUDENT,
+    into: Annotated[Path | None, typer.Option("--out", help="Folder; default: $R1DISTILL_HOME/report.")] = None,
+) -> None:
+    """Write a student's report, Markdown and HTML, from its newest artifacts."""
+    from r1distill.pipeline import page
+    from r1distill.pipeline.run import home_folder
+
+    for file in page.write(home_folder(), Path(student).stem, into or home_folder() / "report"):
+        out.print(str(file), markup=False)
+
+
 @app.command()
 def inspect(
     traces: Annotated[Path | None, typer.Argument(help="A traces artifact; default: the newest.")] = None,
