@@ -269,8 +269,8 @@ def show_files(folder: Path, publication: Publication, entries: list[Entry], out
     """Every file that would be uploaded, by repository, with its size and sha256."""
     names = {"dataset": publication.dataset_repository, "model": publication.repository}
     if as_json:
-        files = [{"repository": names[one.kind], "file": one.name, **asdict(one)} for one in entries]
-        print(json.dumps({"folder": str(folder), "repositories": names, "files": files}))
+        rows = [{"repository": names[one.kind], "file": one.name, **asdict(one)} for one in entries]
+        print(json.dumps({"folder": str(folder), "repositories": names, "files": rows}))
         return
     for kind, repository in names.items():
         files = [one for one in entries if one.kind == kind]

@@ -176,7 +176,7 @@ class Run:
             "teacher": self.teacher.name,
             "teacher_revision": self.teacher_revision,
             "prompts": self.prompts.name,
-            "kept_apart_from": ", ".join(apart.against) or "nothing",
+            "kept_apart_from": ", ".join(bench.name for bench in self.held_out) or "nothing",
             "shared_ngrams": f"{apart.ngram} words" if apart.ngram else "not looked for",
         }
 

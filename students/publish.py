@@ -16,7 +16,7 @@ from r1distill.data import cards as data_cards
 from r1distill.data import licences, rejected
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.result import Result
-from r1distill.students import inventory, terms
+from r1distill.students import inventory, preflight, terms
 from r1distill.students.cards import Story, fill, model_card
 from r1distill.students.catalogue import Publication, Student
 from r1distill.students.inventory import Entry
@@ -56,6 +56,7 @@ def build(student: Student, inputs: dict[str, Path], out: Path, home: Path, *, l
     (out / "model" / "README.md").write_text(fill(card, *names), encoding="utf-8")
     shutil.copy(inputs["scores"] / "scores.json", out / "model" / "scores.json")
     entries = inventory.record(out)
+    _refuse_unsound(student, out / "model")
     Leaks(home, student.publication.harmless).check(out, entries)
     rejections = {"failed its gate": len(withheld)} if withheld else {}
     metrics = {"files": len(entries), "bytes": sum(one.size for one in entries)}
@@ -86,6 +87,14 @@ def _lay_out_dataset(
         if counts:
             card = data_cards.with_rejected(card, counts)
     (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def _refuse_unsound(student: Student, model: Path) -> None:
+    """Raise R1DistillError where others would load another student than was trained (see ``preflight``)."""
+    if failed := [finding for finding in preflight.check_folder(student, model) if not finding.passed]:
+        raise R1DistillError(
+            "the model's files fail their preflight, nothing is published:\n" + "\n".join(f"- {one}" for one in failed)
+        )
 
 
 def _link(source: Path, target: Path) -> None:

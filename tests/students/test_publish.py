@@ -92,6 +92,13 @@ def test_a_gate_that_stands_before_all_stops_the_publication(failing, lay_out, p
         lay_out(publishing)
 
 
+def test_files_that_fail_their_preflight_are_not_published(inputs, lay_out, publishing):
+    template = inputs["checkpoint"] / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<think>", ""))
+    with pytest.raises(R1DistillError, match=r"(?s)fail their preflight.*\n- generation prompt: .*chat_template.jinja"):
+        lay_out(publishing)
+
+
 # Licences.
 
 
@@ -168,7 +175,7 @@ def test_qwens_students_carry_mit_and_apache(changed, lay_out):
 
 def test_a_leak_stops_the_publication_when_it_is_laid_out(inputs, lay_out, publishing, changed):
     config = inputs["checkpoint"] / "generation_config.json"
-    config.write_text(json.dumps({"_from_model_config": True, "origin": "/scratch/me/base"}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "origin": "/scratch/me/base"}))
     with pytest.raises(R1DistillError, match="model/generation_config.json holds a path of a machine"):
         lay_out(publishing)
     assert publish.check(lay_out(changed(harmless=["/scratch/me"])), inputs["checkpoint"].parent.parent)
