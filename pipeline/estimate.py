@@ -22,6 +22,8 @@ DECODING_UTILISATION = 0.6
 CPU_TRAINING_TFLOPS_PER_CORE = 6 * 134.5e6 * 229 / 2 / 1e12
 CPU_SERVING_TFLOPS_PER_CORE = 2 * 134.5e6 * 230 / 2 / 1e12
 
+CPU_START_SECONDS = 36.0  # until vLLM for the CPU answers, with SmolLM2-135M and --enforce-eager
+
 MACHINE_SHARE = 0.95  # of a machine's memory; the rest is the system's
 PROCESS_GIB = 1.5  # one Python process with torch and its libraries loaded
 GPU_SHARE = 0.9  # vLLM's default --gpu-memory-utilization

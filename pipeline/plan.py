@@ -175,8 +175,8 @@ def record(run: Run, stage: str, metrics: Mapping[str, Any], seconds: float, pea
     rate = metrics.get("tokens_per_second")
     if found is None or not found.work or (stage == "traces" and rate is None):  # nothing was asked this time
         return
-    tokens = metrics.get("tokens", metrics.get("completion_tokens"))
-    hours = tokens / found.tokens_per_second / 3600 if tokens and found.tokens_per_second else found.hours
+    tokens = metrics.get("tokens", metrics.get("completion_tokens")) or found.tokens
+    hours = found.at(tokens, found.tokens_per_second, run.hardware).hours
     reserved = run.hardware.gpus and stage in ("traces", "scores")  # vLLM takes nine tenths of a GPU whatever it needs
     calibration.append(
         run.home,

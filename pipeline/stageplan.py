@@ -43,6 +43,7 @@ class StagePlan:
     rejected: tuple[str, ...] = ()  # other layouts, with what speaks against them
     tokens: int | None = None
     tokens_per_second: float | None = None
+    start_seconds: float = 0.0  # of the hours, whatever the tokens
     hours: float | None = None
     gpu_hours: float | None = None
     usd: Decimal | None = None
@@ -74,7 +75,7 @@ class StagePlan:
         if not self.fits:
             return self
         answer = replace(self, tokens=tokens, tokens_per_second=rate)
-        return answer.lasting(tokens / rate / 3600, hardware) if tokens and rate else answer
+        return answer.lasting((tokens / rate + self.start_seconds) / 3600, hardware) if tokens and rate else answer
 
     def lasting(self, hours: float, hardware: Hardware) -> StagePlan:
         """With hours, and what they cost where the hardware has a price."""
@@ -93,9 +94,8 @@ class StagePlan:
         answer = replace(self, measured=found, fits=True, reason="")
         if found.tokens_per_second:
             return answer.at(self.tokens, found.tokens_per_second, hardware)
-        if self.hours and found.predicted_seconds:
-            return answer.lasting(self.hours * found.seconds / found.predicted_seconds, hardware)
-        return answer
+        share = self.tokens / found.tokens if self.tokens and found.tokens else 1.0
+        return answer.lasting(share * found.seconds / 3600, hardware)
 
     def lines(self) -> list[str]:
         """The stage as a person reads it."""
@@ -232,12 +232,12 @@ def scores(student: Student, teacher: Teacher, hardware: Hardware, benchmarks: S
     files = [name for name, variant in student.variants.items() if variant.kind == "gguf"]
     whole = 2 + (student.score_teacher and not isinstance(teacher, RecordedTeacher))
     whole += student.twin is not None and student.twin.recorded is None
-    few = student.variant_questions
+    few, asked = student.variant_questions, whole + len(student.variants)
     of_files = questions_asked(benchmarks, len(files), few)
     work = questions_asked(benchmarks, whole).plus(questions_asked(benchmarks, len(student.variants) - len(files), few))
     if not hardware.gpus:
         name = f"serve {student.name}, its base and {len(student.variants)} variants, one after the other"
-        return _serving_on_cpu("scores", name, model, hardware, work.plus(of_files), ServingLayout(), CPU_KV_GIB)
+        return _serving_on_cpu("scores", name, model, hardware, work.plus(of_files), ServingLayout(), CPU_KV_GIB, asked)
     context_tokens = max((bench.max_tokens for bench in benchmarks), default=student.packs.context_tokens)
     _, answer, rejected = _student_served(student, hardware, work, context_tokens)
     answer = replace(answer, rejected=tuple(rejected))
@@ -284,10 +284,20 @@ def _serving(
 
 
 def _serving_on_cpu(
-    stage: str, name: str, model: Footprint, hardware: Hardware, work: Workload, layout: ServingLayout, kv_gib: float
+    stage: str,
+    name: str,
+    model: Footprint,
+    hardware: Hardware,
+    work: Workload,
+    layout: ServingLayout,
+    kv_gib: float,
+    servers: int = 1,
 ) -> StagePlan:
-    memory, available = estimate.serving_on_cpu(model, kv_gib), hardware.memory_gib * MACHINE_SHARE
+    """One server after the other; where there are several, the next one starts while one answers."""
+    one, available = estimate.serving_on_cpu(model, kv_gib), hardware.memory_gib * MACHINE_SHARE
+    memory = {part: min(servers, 2) * size for part, size in one.items()}
     answer = StagePlan(stage, name, True, "the machine", memory, available, "CPU")
+    answer = replace(answer, start_seconds=servers * estimate.CPU_START_SECONDS)
     if layout.gpus > 1:
         weights = f"Its weights alone are {model.weights_bytes / GIB:,.0f} GiB."
         reason = f"{name}: its settings ask for {layout.gpus} GPUs ({layout}), this machine has none. {weights}"
@@ -319,7 +329,7 @@ def checkpoint(student: Student, hardware: Hardware, work: Workload, choice: Cho
     if not choice.fits:
         return replace(answer, reason=f"{name}: {answer.shortage}.")
     filled = choice.layout.occupancy(choice.packs_per_step)
-    note = f"{choice.packs_per_step:,} packs a step"
+    note = f"{choice.packs_per_step:,} pack{'s' if choice.packs_per_step > 1 else ''} a step"
     if filled < 1:
         places = round(choice.packs_per_step / filled)
         note += f" on {choice.layout.replicas} replicas: {filled:.0%} of {places:,} places are filled"

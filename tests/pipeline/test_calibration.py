@@ -75,10 +75,10 @@ def test_the_plan_takes_the_measured_speed_and_says_so():
 
 def test_seconds_stand_in_where_a_stage_has_no_speed():
     before = stage(smollm2(), "scores")
-    row = measurement(
-        stage="scores", work=before.work, hardware=named("laptop").kind, predicted_seconds=100, seconds=300
-    )
-    assert stage(smollm2([row]), "scores").hours == pytest.approx(3 * before.hours)
+    values = {"stage": "scores", "work": before.work, "hardware": named("laptop").kind, "seconds": 300}
+    assert stage(smollm2([measurement(**values)]), "scores").hours == pytest.approx(300 / 3600)
+    half = measurement(**values, tokens=before.tokens // 2)  # it was asked half as much
+    assert stage(smollm2([half]), "scores").hours == pytest.approx(600 / 3600)
 
 
 def test_a_run_puts_down_what_its_stages_took(tmp_path, monkeypatch):
