@@ -196,7 +196,8 @@ def seconds_per_step(job: TrainingJob, hardware: Hardware, packs_per_step: int, 
     compute = flops * recomputing / (hardware.gpu_bf16_tflops * 1e12 * hardware.training_utilisation)
     gathering, reducing = _traffic_seconds(job, hardware)
     offloading = 2 * _kept(job) * GIB / (HOST_LINK_GB_PER_SECOND * 1e9) if layout.offload_activations else 0.0
-    return rounds * (max(compute, gathering, offloading) + _exchange_seconds(job, hardware)) + reducing
+    waited = max(0.0, reducing - 2 / 3 * compute)  # DDP's reduction runs beside the last backward pass
+    return rounds * (max(compute, gathering, offloading) + _exchange_seconds(job, hardware)) + waited
 
 
 def _traffic_seconds(job: TrainingJob, hardware: Hardware) -> tuple[float, float]:

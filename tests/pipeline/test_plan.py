@@ -258,6 +258,19 @@ def test_ulysses_is_named_and_not_taken_where_there_is_another_way():
     assert forced.layout.sequence_parallel == 4 and forced.rate > taken.rate
 
 
+def test_what_every_gpu_can_hold_is_not_sharded():
+    taken = choice("qwen-1.5b", "8xh100")
+    assert taken.layout.strategy == "ddp"
+    assert any(line.startswith("FSDP2 x8") and "fits" in line for line in taken.rejected)
+
+
+def test_a_gpu_of_unknown_speed_has_memory_and_no_hours():
+    machine = nodes(gpus_per_node=8, gpu_memory_gib=140)
+    answer = plan(student("qwen-7b"), load_teacher("r1-8xh200"), machine)
+    assert answer.fits and answer.text()
+    assert [each.hours for each in answer.stages] == [None] * 4
+
+
 def test_one_gpu_takes_one_process_and_so_do_two_cores():
     assert choice("qwen-1.5b", "1xh100").layout.strategy == "one"
     cpu = choice("smollm2-135m", "laptop").layout
