@@ -16,8 +16,9 @@ from r1distill.data.errors import R1DistillError
 A = TypeVar("A", bound=tuple[Any, ...])
 R = TypeVar("R")
 
-IN_FLIGHT_PER_WORKER = 64
-BATCH = 16  # inputs in one message; every result comes back alone, so a hang is known by its input
+IN_FLIGHT_PER_WORKER = 256
+BATCH = 64  # inputs in one message
+SEND_SECONDS = 0.05  # results go back together, but none of them waits longer
 MEMORY_BYTES = 4 << 30  # of one worker; sympy can ask for all there is
 START_SECONDS = 120
 
@@ -64,10 +65,11 @@ def ordered(
 
 @dataclass
 class _Worker:
-    """A process and what it was asked: a hang or a death is its first unanswered input's."""
+    """A process and what it was asked; ``at`` is shared with it: which of these inputs it is at."""
 
     function: Callable[..., Any]
     asked: deque[tuple[int, Any]] = field(default_factory=deque)
+    answered: int = 0  # of what it was asked last
     ready: bool = False
     stopped: str | None = None  # why it is of no more use
 
@@ -75,9 +77,12 @@ class _Worker:
         # Forked from a small server that has math-verify loaded: a killed one is replaced at once, and none inherits
         # the threads or the memory of this process.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["r1distill.data.verify.pool", "r1distill.data.verify.math", "math_verify"])
+        context.set_forkserver_preload(
+            ["r1distill.data.verify.pool", "r1distill.data.verify.math", "r1distill.data.words", "math_verify"]
+        )
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(self.function, theirs), daemon=True)
+        self.at = context.RawValue("q", 0)
+        self.process = context.Process(target=_work, args=(self.function, theirs, self.at), daemon=True)
         self.process.start()
         theirs.close()
         self.since = time.monotonic()
@@ -85,6 +90,7 @@ class _Worker:
     def ask(self, todo: deque[tuple[int, Any]], share: int) -> None:
         """Send the first of ``todo``; only to an idle worker, which is reading, so that no side waits for ever."""
         self.asked.extend(todo.popleft() for _ in range(min(share, len(todo))))
+        self.answered = self.at.value = 0
         self.since = time.monotonic()
         try:
             self.connection.send([one for _, one in self.asked])
@@ -97,22 +103,28 @@ class _Worker:
         """How many seconds it has for what it does."""
         if not self.ready:
             return START_SECONDS
-        return timeout_seconds(*self.asked[0][1]) if callable(timeout_seconds) else timeout_seconds
+        return timeout_seconds(*self.asked[self.unsent][1]) if callable(timeout_seconds) else timeout_seconds
+
+    @property
+    def unsent(self) -> int:
+        """How many inputs it has done whose results have not come."""
+        return max(0, min(self.at.value - self.answered, len(self.asked) - 1))
 
     def receive(self, done: dict[int, Any]) -> None:
         """Take what has come back so far."""
         try:
             while self.connection.poll():
-                result = self.connection.recv()
+                results = self.connection.recv()
                 self.since = time.monotonic()
-                if self.ready:
+                for result in results:
                     done[self.asked.popleft()[0]] = result
+                self.answered += len(results)
                 self.ready = True
         except (EOFError, OSError):
             self.stopped = "the verifier died"
 
     def replaced(self, function: Callable[..., Any], done: dict[int, Any], todo: deque[tuple[int, Any]]) -> _Worker:
-        """A fresh worker; the input that stopped this one is done with, those behind it are asked again."""
+        """A fresh worker; the input that stopped this one is done with, the others of its are asked again."""
         self.kill()
         if not self.ready:
             raise R1DistillError(
@@ -120,7 +132,9 @@ class _Worker:
                 "expected a function that can be imported and enough memory for math-verify."
             )
         if self.asked:
-            done[self.asked.popleft()[0]] = self.stopped
+            place = self.unsent
+            done[self.asked[place][0]] = self.stopped
+            del self.asked[place]
         todo.extendleft(reversed(self.asked))
         return _Worker(function)
 
@@ -148,21 +162,25 @@ def _collect(
             worker.stopped = "the verifier did not start"
 
 
-def _work(function: Callable[..., Any], connection: Connection) -> None:
-    """A worker's life: batches of inputs in, results out one by one, until the other end is closed."""
+def _work(function: Callable[..., Any], connection: Connection, at: Any) -> None:
+    """A worker's life: batches of inputs in, results out, until the other end is closed."""
     _start()
-    connection.send(None)
+    connection.send([])
     while True:
         try:
             batch = connection.recv()
         except EOFError:
             return
-        for one in batch:
+        results, sent = [], time.monotonic()
+        for number, one in enumerate(batch):
+            at.value = number
             try:
-                result = function(*one)
+                results.append(function(*one))
             except Exception as error:  # sympy raises almost anything on odd input
-                result = f"the verifier raised {type(error).__name__}"
-            connection.send(result)
+                results.append(f"the verifier raised {type(error).__name__}")
+            if number + 1 == len(batch) or time.monotonic() - sent > SEND_SECONDS:
+                connection.send(results)
+                results, sent = [], time.monotonic()
 
 
 def _start() -> None:

@@ -52,3 +52,11 @@ def test_a_function_that_no_process_can_import_is_an_error():
 
 def _here_alone(number):
     return number
+
+
+def test_results_that_a_dying_worker_had_not_sent_are_made_again():
+    """The quick ones before a death are asked again; the one that it died of is known."""
+    kill = f"kill -{int(signal.SIGKILL)} $PPID"
+    inputs = [("true",)] * 3 + [(kill,)] + [("false",)] * 3 + [(kill,)]
+    results = [result for _, result in pool.ordered(os.system, inputs, 1, 30)]
+    assert results == [0, 0, 0, "the verifier died", 256, 256, 256, "the verifier died"]
