@@ -40,11 +40,12 @@ _INLINE = re.compile(
 )
 _BOLD = re.compile(r"\*\*(?P<bold>[^*\n]+)\*\*")
 _OPTION = re.compile(r"\(?[A-J]\)?[).:]\s*\S")  # (B) 42
-_COLON = re.compile(r"[^\d]*?(?P<pair>\d+\s?:\s?\d+(?:\s?[ap]\.?m\b\.?)?)\D*", re.I)  # 2:15 PM, 3:5
+_COLON = re.compile(r"\D*?(?<![-−–])(?<![-−–]\()(?P<pair>\d+\s?:\s?\d+(?:\s?[ap]\.?m\b\.?)?)\D*", re.I)  # 2:15 PM, 3:5
 _NUMERIC = re.compile(rf"\d|\\|^(?:{'|'.join(NUMBERS_IN_WORDS)})$", re.I)
 # An equation in letters is the answer; of a calculation it is what stands last.
-_WORDS_IN_FORMULA = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
-_EQUATION = re.compile(r"[^=≈]*[A-Za-z][^=≈]*=[^=≈]*")
+_WORDS_IN_FORMULA = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}|\\(?!theta|alpha|beta|phi)[A-Za-z]+")
+_ONE_EQUATION = r"[^=≈,]*[A-Za-z][^=≈,]*=[^=≈,]*"
+_EQUATION = re.compile(rf"[^=≈]*[A-Za-z][^=≈]*=[^=≈]*|{_ONE_EQUATION}(?:,{_ONE_EQUATION})+")
 _GLUE = re.compile(r"(?:\\?(?:times|cdot|div)\b|[=≈+×÷*])")
 
 

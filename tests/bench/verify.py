@@ -1,5 +1,8 @@
 """Verifying real R1 traces: on one core beside math-verify on the whole text, and with two workers beside one.
 
+The second row is the whole path (six checks, in a process that can be killed) by the CPU time of all its processes; the
+peer does nothing but judge. The third is beside what two plain loops make of the two cores in the same minutes.
+
 Writes every verdict that differs from math-verify's, and every disagreement between ours and the reference with its
 explanation, to $R1DISTILL_HOME/bench/verify.md.
 """
@@ -9,13 +12,18 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from math_verify import parse, verify
+from sympy.core.cache import clear_cache
 
 from r1distill.data.config import ROOT
 from r1distill.data.thinking import split_thinking
@@ -25,7 +33,9 @@ from r1distill.data.verify.math import examine
 
 FILE = ROOT.parent / "shared" / "data" / "traces" / "mip_deepseek_r1.jsonl.gz"
 ROUNDS = 3
-COPIES = 2  # of all rows, for the workers
+COPIES = 8  # of all rows, for the workers; the first is not timed
+WARM = 64  # rows of the whole path that are not timed: what a worker loads at first
+LOOP_SECONDS = 1.0
 
 # Read by hand: why R1's answer is not the reference's. Most are another reading of the question.
 EXPLAINED = {
@@ -64,14 +74,11 @@ def measure() -> Iterator[dict[str, Any]]:
     if not FILE.is_file():
         print(f"verify: nothing to measure, {FILE} is not there", file=sys.stderr)
         return
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
-    with gzip.open(FILE, "rt", encoding="utf-8") as lines:
-        rows = [row for row in map(json.loads, lines) if row["variant"] == "normal"]
-    ours, theirs, seconds = _on_one_core(rows)
+    rows = _rows()
+    found, peers, seconds = _on_one_core(rows)
     report = Path(os.environ.get("R1DISTILL_HOME", "runs")) / "bench" / "verify.md"
     report.parent.mkdir(parents=True, exist_ok=True)
-    differences, text = _report(rows, ours, theirs)
+    differences, text = _report(rows, found, peers)
     report.write_text(text, encoding="utf-8")
     yield {
         "what": "math verdicts of real R1 traces, one core",
@@ -82,7 +89,17 @@ def measure() -> Iterator[dict[str, Any]]:
         "goal": 2.0,
         "note": f"{len(rows)} rows, {differences} verdicts differ, see {report}",
     }
-    one, two = _with_workers(rows)
+    ours_whole, theirs_whole = _whole_path(rows)
+    yield {
+        "what": "all checks of real R1 traces, one core",
+        "ours": ours_whole,
+        "peer": theirs_whole,
+        "unit": "rows/s",
+        "peer_name": "math-verify alone, whole text",
+        "goal": 2.0,
+        "note": f"CPU time of the parent and its worker; {len(rows) - WARM} rows after the first {WARM}",
+    }
+    one, two, loops = _with_workers(rows)
     yield {
         "what": "all checks of real R1 traces, two workers",
         "ours": two,
@@ -90,22 +107,30 @@ def measure() -> Iterator[dict[str, Any]]:
         "unit": "rows/s",
         "peer_name": "one worker",
         "goal": 1.6,
-        "note": f"{len(rows) * COPIES} rows, {os.cpu_count()} cores",
+        "note": f"{len(rows) * (COPIES - 1)} rows, {os.cpu_count()} cores, where two plain loops scale {loops:.2f}×",
     }
+
+
+def ours(row: dict[str, Any]) -> Finding:
+    return examine(split_thinking(row["response"], opened=True)[1], row["reference_answer"], row["prompt"])
+
+
+def theirs(row: dict[str, Any]) -> bool:
+    gold = row["reference_answer"].rpartition("####")[2].strip()
+    answer = parse(row["response"], parsing_timeout=None)
+    return bool(verify(parse(f"${gold}$", parsing_timeout=None), answer, timeout_seconds=None))
+
+
+def _rows() -> list[dict[str, Any]]:
+    """The real traces whose reference answers their prompt."""
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
+    with gzip.open(FILE, "rt", encoding="utf-8") as lines:
+        return [row for row in map(json.loads, lines) if row["variant"] == "normal"]
 
 
 def _on_one_core(rows: list[dict[str, Any]]) -> tuple[list[Finding], list[bool], tuple[float, float]]:
     """Both verdicts of every row, and the median seconds of each; caches are emptied before every round."""
-    from math_verify import parse, verify
-    from sympy.core.cache import clear_cache
-
-    def ours(row: dict[str, Any]) -> Finding:
-        return examine(split_thinking(row["response"], opened=True)[1], row["reference_answer"], row["prompt"])
-
-    def theirs(row: dict[str, Any]) -> bool:
-        gold = row["reference_answer"].rpartition("####")[2].strip()
-        answer = parse(row["response"], parsing_timeout=None)
-        return bool(verify(parse(f"${gold}$", parsing_timeout=None), answer, timeout_seconds=None))
 
     def timed(check: Callable[[dict[str, Any]], Any]) -> tuple[list[Any], float]:
         clear_cache()
@@ -120,19 +145,61 @@ def _on_one_core(rows: list[dict[str, Any]]) -> tuple[list[Finding], list[bool],
     return rounds[0][0][0], rounds[0][1][0], seconds
 
 
-def _with_workers(rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """Rows a second with one and with two workers, from the first result on: the start of a process is not counted."""
-    items = [_item(number, row) for number, row in enumerate(rows * COPIES)]
+def _whole_path(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Rows in a second of CPU time, of all processes together: all checks, and math-verify alone."""
+    items = [_item(number, row) for number, row in enumerate(rows)]
 
-    def rate(workers: int) -> float:
-        judged = judge(VerdictSettings(workers=workers), items)
-        for _ in range(workers * 16):
+    def whole() -> float:
+        judged = judge(VerdictSettings(workers=1), items)
+        for _ in range(WARM):
             next(judged)
-        began = time.perf_counter()
-        return sum(1 for _ in judged) / (time.perf_counter() - began)
+        began = _cpu_seconds()
+        for _ in range(len(rows) - WARM - 1):
+            next(judged)
+        used = _cpu_seconds() - began  # before the last one, with which the worker ends
+        judged.close()
+        return (len(rows) - WARM - 1) / used
 
-    rates = [(rate(1), rate(2)) for _ in range(ROUNDS)]
-    return statistics.median(one for one, _ in rates), statistics.median(two for _, two in rates)
+    def alone() -> float:
+        clear_cache()
+        for row in rows[:WARM]:
+            theirs(row)
+        began = _cpu_seconds()
+        for row in rows[WARM:]:
+            theirs(row)
+        return (len(rows) - WARM) / (_cpu_seconds() - began)
+
+    rounds = [(whole(), alone()) for _ in range(ROUNDS)]
+    return statistics.median(ours for ours, _ in rounds), statistics.median(theirs for _, theirs in rounds)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its living workers."""
+    files = (Path(f"/proc/{child.pid}/schedstat") for child in multiprocessing.active_children())
+    return time.process_time() + sum(int(file.read_text().split()[0]) for file in files) / 1e9
+
+
+def _with_workers(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """Rows a second with one and with two workers, after a first pass; and how two plain loops scale meanwhile."""
+    items = [_item(number, row) for number, row in enumerate(rows * COPIES)]
+    rounds = [(_rate(items, 1, len(rows)), _rate(items, 2, len(rows)), _loops(1), _loops(2)) for _ in range(ROUNDS)]
+    one, two, alone, together = (statistics.median(each) for each in zip(*rounds, strict=True))
+    return one, two, together / alone
+
+
+def _rate(items: list[Item], workers: int, untimed: int) -> float:
+    judged = judge(VerdictSettings(workers=workers), items)
+    for _ in range(untimed):
+        next(judged)
+    began = time.perf_counter()
+    return sum(1 for _ in judged) / (time.perf_counter() - began)
+
+
+def _loops(count: int) -> float:
+    """How often so many processes together go round a plain loop."""
+    loop = f"import time\nend, n = time.time() + {LOOP_SECONDS}, 0\nwhile time.time() < end: n += 1\nprint(n)"
+    running = [subprocess.Popen([sys.executable, "-c", loop], stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    return sum(int(one.communicate()[0]) for one in running)
 
 
 def _item(number: int, row: dict[str, Any]) -> Item:
@@ -142,14 +209,14 @@ def _item(number: int, row: dict[str, Any]) -> Item:
     )
 
 
-def _report(rows: list[dict[str, Any]], ours: list[Finding], theirs: list[bool]) -> tuple[int, str]:
+def _report(rows: list[dict[str, Any]], found: list[Finding], peers: list[bool]) -> tuple[int, str]:
     """The number of verdicts that differ from math-verify's, and the report as Markdown."""
-    different = [(r, f, t) for r, f, t in zip(rows, ours, theirs, strict=True) if (f.outcome == "pass") != t]
-    disputed = [(r, f) for r, f in zip(rows, ours, strict=True) if f.outcome != "pass"]
+    different = [(r, f, t) for r, f, t in zip(rows, found, peers, strict=True) if (f.outcome == "pass") != t]
+    disputed = [(r, f) for r, f in zip(rows, found, strict=True) if f.outcome != "pass"]
     lines = [
         "# Verdicts on real R1 traces",
         "",
-        f"{len(rows)} rows with a reference: ours passes {len(rows) - len(disputed)}, math-verify {sum(theirs)}.",
+        f"{len(rows)} rows with a reference: ours passes {len(rows) - len(disputed)}, math-verify {sum(peers)}.",
         "",
         f"## Verdicts that differ from math-verify's ({len(different)})",
         "",
