@@ -109,7 +109,11 @@ def _read(file: Path) -> Manifest | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    # Scores of an earlier version say too little to be shown; the scores stage makes them again from the ledger.
+    old = found.get("stage") == "scores" and "reproduction" not in found["metrics"].get("scores", {})
+    return None if old else found
 
 
 def _blocks(home: Path, student: str, stages: dict[str, tuple[Path, Manifest]]) -> Iterator[Block]:

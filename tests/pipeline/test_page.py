@@ -150,6 +150,7 @@ def test_the_newest_artifacts_are_shown_and_those_that_made_them(tmp_path):
     assert {stage: folder.name for stage, (folder, _) in stages.items()} == {
         "prompts": "mix-aaaaaaaa", "traces": "teacher-bbbbbbbb", "verdicts": "teacher-cccccccc", "scores": "qwen-1.5b-dddddddd",
     }  # fmt: skip
+    seal(tmp_path, "scores", "qwen-7b", "f" * 64, {}, metrics={"scores": {"benchmarks": {}}})  # by an earlier version
     with pytest.raises(RequestError, match="make distill STUDENT=qwen-7b"):
         page.chain(tmp_path, "qwen-7b")
 
