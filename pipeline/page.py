@@ -20,6 +20,7 @@ from r1distill.data.config import names
 from r1distill.data.errors import RequestError
 from r1distill.pipeline import plots, published
 from r1distill.pipeline.report import differences, rank
+from r1distill.pipeline.runner import stage_names
 
 Manifest = dict[str, Any]
 
@@ -86,7 +87,7 @@ def chain(home: Path, student: str) -> dict[str, tuple[Path, Manifest]]:
                     if name not in found and (one := _by_fingerprint(home, name, digest)):
                         found[name] = one
                         todo.append(one[1])
-            return dict(sorted(found.items(), key=lambda item: item[1][1]["created_at"]))
+            return {name: found[name] for name in stage_names() if name in found}
     raise RequestError(f"there is nothing of '{student}' under {home} yet. Make it: make distill STUDENT={student}")
 
 

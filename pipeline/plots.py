@@ -41,7 +41,7 @@ def accuracy_against_tokens(benchmarks: Benchmarks) -> bytes | None:
 
 
 def lengths(benchmarks: Benchmarks, answers: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """How many answers have how many tokens, a line a model, a panel a benchmark; None where nothing was counted."""
+    """Which share of the answers has how many tokens, a line a model, a panel a benchmark; None where nothing was counted."""
     found: dict[str, dict[str, list[int]]] = {}
     for row in answers:
         if row["completion_tokens"] is not None:
@@ -53,8 +53,9 @@ def lengths(benchmarks: Benchmarks, answers: Sequence[Mapping[str, Any]]) -> byt
         longest = max(max(counts) for counts in models.values())
         edges = [longest * place / BINS for place in range(BINS + 1)]
         for model, counts in models.items():
-            panel.hist(counts, bins=edges, histtype="step", density=False, label=model)
-        _named(panel, benchmarks[name]["title"], "tokens", "answers")
+            shares = [100 / len(counts)] * len(counts)
+            panel.hist(counts, bins=edges, weights=shares, histtype="step", label=model)
+        _named(panel, benchmarks[name]["title"], "tokens", "answers, %")
     return _png(figure)
 
 
@@ -77,7 +78,7 @@ def accuracy_by_difficulty(benchmarks: Benchmarks, answers: Sequence[Mapping[str
                 [n + width * (place - (len(models) - 1) / 2) for n in range(len(levels))], shares, width, label=model
             )
         panel.set_xticks(range(len(levels)), levels, fontsize=7)
-        _named(panel, benchmarks[name]["title"], "difficulty", "pass@1, %")
+        _named(panel, benchmarks[name]["title"], "difficulty, or kind, as its source says", "pass@1, %")
         panel.set_ylim(0, 102)
     return _png(figure)
 
