@@ -41,7 +41,7 @@ def accuracy_against_tokens(benchmarks: Benchmarks) -> bytes | None:
 
 
 def lengths(benchmarks: Benchmarks, answers: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Which share of the answers has how many tokens, a line a model, a panel a benchmark; None where nothing was counted."""
+    """Which share of the answers has how many tokens, a line a model, a panel a benchmark; None where none is known."""
     found: dict[str, dict[str, list[int]]] = {}
     for row in answers:
         if row["completion_tokens"] is not None:

@@ -54,7 +54,11 @@ MODELS = tuple(f"DeepSeek-R1-Distill-{name}" if name != "R1" else "DeepSeek-R1" 
 def _column(questions: int | None, k: int, accuracy: str, cons: str = "") -> Column:
     """Percentages in the order of MODELS; a dash is no figure."""
     shares = [
-        {model: float(text) / 100 for model, text in zip(MODELS, line.split(), strict=bool(line)) if text != "-"}
+        {
+            model: round(float(text) / 100, 4)
+            for model, text in zip(MODELS, line.split(), strict=bool(line))
+            if text != "-"
+        }
         for line in (accuracy, cons)
     ]
     return Column(questions, k, shares[0], shares[1])

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from r1distill.data.config import ROOT, load, names
 from r1distill.data.settings import Benchmark
+from r1distill.data.sources import FileSource
+from r1distill.pipeline import scores
+from r1distill.pipeline.evaluation import Contender
 from r1distill.pipeline.published import MODELS, TABLE, figure, reproduced
 from r1distill.pipeline.scores import harness_gate
 from r1distill.pipeline.scores import reproduced as all_reproduced
-from r1distill.students.catalogue import Student
+from r1distill.students.catalogue import Gate, Student, Twin
+from r1distill.teacher.settings import Client, EndpointTeacher, Sampling
 
 FILE = ROOT.parent / "shared" / "data" / "eval" / "published_scores.json"
 REPO = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
@@ -92,3 +97,67 @@ def test_without_a_published_twin_it_does_not_apply():
     assert "no checkpoint of this size is published" in found["reason"]
     found = all_reproduced([bench("gsm8k")], REPO, {"gsm8k": {"models": {}}})
     assert not found["applies"] and "no published figure on gsm8k" in found["reason"]
+
+
+# The stage itself, with a recorded run of the twin and a fast server as base and student.
+
+
+def the_run(folder, right: int):
+    """A student of 1.5B's size whose twin's recorded answers are right ``right`` times of 25 on each question."""
+    rows = [{"problem": f"{n} + {n}?", "answer": str(2 * n), "level": n % 5 + 1} for n in range(8)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    answers = [
+        {
+            "question": row["problem"],
+            "completion": f"So.\n</think>\n\n\\boxed{{{row['answer'] if sample < right else -1}}}",
+            "finish_reason": "stop",
+            "completion_tokens": 9,
+        }
+        for row in rows
+        for sample in range(25)
+    ]
+    (folder / "recorded.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    columns = {"question": "problem", "reference_answer": "answer"}
+    source = FileSource(kind="file", path=str(folder / "questions.jsonl"), columns=columns, license="mit")
+    recorded = FileSource(kind="file", path=str(folder / "recorded.jsonl"), license="mit")
+    student = load("students", "qwen-1.5b", Student).model_copy(
+        update={"twin": Twin(repo=REPO, recorded=recorded), "variants": {}, "gate": Gate(min_gain=0.1)}
+    )
+    asked = bench(source=source, k=25)
+    verdicts = SimpleNamespace(workers=1)
+    prompts = SimpleNamespace(verdicts=verdicts)
+    return SimpleNamespace(student=student, benchmarks=[asked], home=folder / "home", prompts=prompts)
+
+
+@pytest.mark.parametrize(("right", "passes"), [(21, True), (12, False)])
+def test_a_student_whose_twin_is_not_reproduced_does_not_pass(tmp_path, monkeypatch, fast_model, right, passes):
+    run = the_run(tmp_path, right)
+    run.home.mkdir()
+
+    def server(good: float):
+        def answer(question: str, number: int) -> str:
+            value = 2 * int(question.split()[0]) if number < 25 * good else -1
+            return f"Hm.\n</think>\n\n\\boxed{{{value}}}"
+
+        settings = {"kind": "endpoint", "name": "m", "prompts": "", "model": "m", "sampling": Sampling(max_tokens=1)}
+        return EndpointTeacher(base_url=fast_model(answer).url, client=Client(in_flight=4), **settings)
+
+    everyone = [
+        Contender("base", server(0.2), "b", None, True),
+        scores.twin(run),
+        Contender("student", server(0.8), "s", None, True),
+    ]
+    monkeypatch.setattr(scores, "contenders", lambda *_: everyone)
+    result = scores.build(run, tmp_path, tmp_path, tmp_path)
+    result.check("scores")
+    found = json.loads((tmp_path / "scores.json").read_text())
+    models = found["benchmarks"]["math500"]["models"]
+    assert {name: round(row["accuracy"], 2) for name, row in models.items()} == {
+        "base": 0.2, "twin": right / 25, "student": 0.8,
+    }  # fmt: skip
+    assert models["twin"]["runtime"] == "recorded"
+    assert found["reproduction"]["passed"] is passes
+    assert result.failed_gates == ([] if passes else ["checkpoint"])
+    verdicts = {one["against"]: one["verdict"] for one in found["benchmarks"]["math500"]["comparisons"]}
+    assert verdicts == {"base": "better", "twin": "worse" if passes else "better"}
+    assert found["benchmarks"]["math500"]["published"]["accuracy"] == 0.839
