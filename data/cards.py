@@ -113,9 +113,9 @@ def with_rejected(card: str, counts: Mapping[str, int]) -> str:
         "",
         "## The rejected traces",
         "",
-        "The configuration `rejected` holds the traces that became no training rows: `question`, `thinking`,",
-        "`response`, and `reason`, which names the first check that stands against each. They are wrong, cut off,",
-        "circular or superfluous; nothing was trained on them.",
+        "The configuration `rejected` holds the traces that became no training rows, with `reason`, which names the",
+        "first check that stands against each, its `outcome`, and `state`: whether the trace ended by itself. They are",
+        "wrong, cut off, circular or superfluous; nothing was trained on them.",
         "",
         *_table("Reason", sorted(counts.items(), key=lambda pair: -pair[1])),
     ]

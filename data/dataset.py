@@ -35,7 +35,7 @@ def build(
     not needed under "not selected".
     """
     trace_table = schema.read(traces, schema.TRACE)
-    about = {row["prompt_id"]: row for row in schema.rows(schema.read(prompts, schema.PROMPT), _ABOUT)}
+    about = {row["prompt_id"]: row for row in schema.rows(schema.read(prompts, schema.PROMPT), ABOUT)}
     domains = {key: row["domain"] for key, row in about.items()}
     choice = choose(settings, rules, trace_table, verdicts, domains)
     facts = cards.Facts(title=title, lineage=lineage)
@@ -67,7 +67,7 @@ def build(
     return Result(trace_table.num_rows, kept.total(), dict(choice.rejected), metrics, unit="traces")
 
 
-_ABOUT = ["prompt_id", "domain", "source", "license"]
+ABOUT = ["prompt_id", "domain", "source", "license"]
 
 
 def split_of(prompt_id: str, validation_share: float) -> str:

@@ -12,25 +12,18 @@ from typing import Any
 import pyarrow as pa
 
 from r1distill.data import parquet, schema
-from r1distill.data.dataset import SPLITS
+from r1distill.data.dataset import ABOUT, SPLITS, training_row
 from r1distill.data.selection import outcomes
 
 NOT_SELECTED = "passed, and was not selected"
 
+# A training row that is none, and why.
 REJECTED_TRACE = pa.schema(
     [
-        ("prompt_id", pa.string()),
-        ("sample", pa.int64()),
-        ("question", pa.string()),
-        ("thinking", pa.string()),
-        ("response", pa.string()),
+        *schema.TRAINING_ROW,
         ("reason", pa.string()),  # the first check that stands against it, and why
         ("outcome", pa.string()),  # of all required checks: pass, fail, unverifiable
         ("state", pa.string()),  # done, truncated, refused
-        ("domain", pa.string()),
-        ("source", pa.string()),
-        ("license", pa.string()),
-        ("completion_tokens", pa.int64()),
     ]
 )
 
@@ -53,37 +46,19 @@ def write(prompts: Path, traces: Path, verdicts: Path, dataset: Path, out: Path)
 
 
 def _rows(prompts: Path, traces: Path, verdicts: Path, dataset: Path, required: list[str]) -> Iterator[dict[str, Any]]:
-    about = {row["prompt_id"]: row for row in schema.rows(schema.read(prompts, schema.PROMPT), _ABOUT)}
+    about = {row["prompt_id"]: row for row in schema.rows(schema.read(prompts, schema.PROMPT), ABOUT)}
     chosen = {
         (row["prompt_id"], row["sample"])
         for split in SPLITS
         for row in schema.rows(schema.read(dataset / split, schema.TRAINING_ROW), ["prompt_id", "sample"])
     }
-    judged = outcomes(verdicts, required)
-    for trace, (key, outcome, reason) in zip(
-        schema.rows(schema.read(traces, schema.TRACE), _TRACE), judged, strict=True
-    ):
+    table = schema.rows(schema.read(traces, schema.TRACE))
+    for trace, (key, outcome, reason) in zip(table, outcomes(verdicts, required), strict=True):
         if key in chosen or trace["state"] == "failed" or key[0] not in about:
             continue
-        asked = about[key[0]]
-        yield {
-            "prompt_id": key[0],
-            "sample": key[1],
-            "question": asked["question"],
-            "thinking": trace["reasoning"],
-            "response": trace["response"],
-            "reason": reason if outcome != "pass" and reason else NOT_SELECTED,
-            "outcome": outcome,
-            "state": trace["state"],
-            "domain": asked["domain"],
-            "source": asked["source"],
-            "license": asked["license"],
-            "completion_tokens": trace["completion_tokens"],
-        }
-
-
-_ABOUT = ["prompt_id", "question", "domain", "source", "license"]
-_TRACE = ["prompt_id", "sample", "reasoning", "response", "state", "completion_tokens"]
+        why = reason if outcome != "pass" and reason else NOT_SELECTED
+        row = training_row(trace, about[key[0]], None)
+        yield {**row, "reason": why, "outcome": outcome, "state": trace["state"]}
 
 
 def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[pa.RecordBatch]:

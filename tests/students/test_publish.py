@@ -63,6 +63,7 @@ def test_the_datasets_card_opens_with_datasets(changed, lay_out, tmp_path):
     rejected = load_dataset(str(folder), "rejected", split="rejected", cache_dir=str(tmp_path / "cache"))
     assert sum(map(len, splits.values())) == 9
     assert rejected["reason"] == ["correctness: another answer"] * 3
+    assert [one["content"] for one in rejected["messages"][0]] == ["What is 3+1?", "\\boxed{4}"]
     chosen = {row["prompt_id"] for split in splits.values() for row in split}
     assert chosen | set(rejected["prompt_id"]) == {f"p{number:03}" for number in range(12)}
     assert "| correctness: another answer | 3 |" in card.text
