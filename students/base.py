@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+SHARD_SIZE = "5GB"  # of safetensors: an upload that is cut off sends the shard again that it was at, and no other
 SHAPE = (
     "model_type",
     "num_hidden_layers",

@@ -20,5 +20,5 @@ def merge(architecture: Architecture, folder: Path, adapter: Path, tokenizer: Pa
 
     model = base.load(architecture, folder, AutoTokenizer.from_pretrained(tokenizer), torch.float32)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True).to(torch.bfloat16)
-    merged.save_pretrained(out)
+    merged.save_pretrained(out, max_shard_size=base.SHARD_SIZE)
     shutil.copytree(tokenizer, out, dirs_exist_ok=True)

@@ -18,6 +18,7 @@ from r1distill.data import models, schema
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.result import Result
 from r1distill.students import layout, worker
+from r1distill.students.base import SHARD_SIZE
 from r1distill.students.catalogue import Adapter, Sft, Student
 from r1distill.students.layout import Layout
 
@@ -116,7 +117,7 @@ def _save(training: Any, student: Student, base: Path, tokenizer: Path, out: Pat
         model.tie_weights()
         model.config.use_cache = True
         model.generation_config = trained.generation_config
-        model.save_pretrained(out)
+        model.save_pretrained(out, max_shard_size=SHARD_SIZE)
         shutil.copytree(tokenizer, out, dirs_exist_ok=True)
 
 
