@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from r1distill.data import schema
+from r1distill.pipeline import calibration
 from r1distill.pipeline.stages import STAGES
 from r1distill.students.catalogue import Student
 
@@ -159,6 +160,9 @@ def test_killed_in_every_stage_the_chain_finishes_and_asks_nothing_twice(workpla
     keys = list(zip(traces["prompt_id"].to_pylist(), traces["sample"].to_pylist(), strict=True))
     assert len(keys) == len(set(keys)) == report["stages"]["traces"]["read"]
     assert not list(home.rglob("*.partial"))
+    measured = {one.stage: one for one in calibration.read(home)}
+    assert {"checkpoint", "variants", "scores"} <= set(measured)
+    assert all(one.seconds > 0 and one.gib > 0.1 for one in measured.values())
 
     bench = report["scores"]["benchmarks"]["sums"]["models"]
     assert set(bench) == {"base", "student", "q4_k_m"}
