@@ -249,3 +249,42 @@ def test_a_template_that_does_not_open_the_thinking_is_replaced_where_it_is_r1s(
     assert served(None) == (evaluation.PLAIN_TEMPLATE, False)
     for template in TEMPLATES.values():
         assert served(template.chat_template()) == (None, True)
+
+
+# Questions from the Hub, with the real client.
+
+
+def from_hub(folder: Path, hub, *arguments: str) -> tuple[int, str, str]:
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_TOKEN": "", "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, **settings, "R1DISTILL_HOME": str(folder / "runs"), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(command(folder, *arguments), cwd=folder, env=environment, text=True, capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_both_parts_of_aime_2025_come_from_their_repository(tmp_path, hub, fast_model):
+    def part(first: int) -> bytes:
+        rows = [{"question": f"{n} + {n}?", "answer": str(2 * n)} for n in range(first, first + 15)]
+        return "\n".join(map(json.dumps, rows)).encode()
+
+    repo = hub.add("datasets", "opencompass/AIME2025", {"aime2025-I.jsonl": part(0), "aime2025-II.jsonl": part(15)})
+    (tmp_path / "aime.yaml").write_text(f"extends: aime2025\nk: 1\nsource: {{ revision: {repo.id()} }}\n")
+    server = fast_model(lambda question, number: thought(str(2 * int(question.split()[0]))))
+    arguments = ("--model", "fast", "--endpoint", server.url, "--benchmarks", "aime.yaml")
+    code, output, errors = from_hub(tmp_path, hub, *arguments)
+    assert code == 0, errors
+    found = json.loads(output)["benchmarks"]["aime"]
+    assert found["settings"]["revision"] == repo.id()
+    row = found["models"]["model"]
+    assert (row["questions"], row["accuracy"]) == (30, 1.0)
+    assert len(server.bodies) == 30
+
+
+def test_a_gated_benchmark_says_where_to_ask_for_it(tmp_path, hub):
+    repo = hub.add("datasets", "livecodebench/code_generation_lite", {"test.jsonl": b"{}"}, gated="auto")
+    text = f"extends: livecodebench\nsource: {{ revision: {repo.id()} }}\n"
+    (tmp_path / "lcb.yaml").write_text(text)
+    arguments = ("--model", "m", "--endpoint", "http://127.0.0.1:9/v1", "--benchmarks", "lcb.yaml")
+    code, output, errors = from_hub(tmp_path, hub, *arguments)
+    assert code == 2, errors
+    assert "huggingface.co/datasets/livecodebench/code_generation_lite and set HF_TOKEN" in errors
+    assert json.loads(output)["exit_code"] == 2
