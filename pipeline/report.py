@@ -164,6 +164,10 @@ def _show_tables(benchmarks: dict[str, Any], out: Console) -> None:
         out.print(table)
         for line in differences(bench):
             out.print(line, markup=False)
+        if figure := bench["published"]:
+            out.print(
+                f"published for {figure['model']}: {_percent(figure['accuracy'])}, k = {figure['k']}", markup=False
+            )
 
 
 def differences(bench: dict[str, Any]) -> list[str]:
