@@ -145,6 +145,16 @@ class Run:
         whole = self.student.identity()
         return {"base": whole["base"], "revision": self.base_revision, **{part: whole[part] for part in parts}}
 
+    def identity_of_logits(self) -> dict[str, Any]:
+        """What the teacher's top-k depends on beside the packs; weights of the loss do not change it."""
+        distill = self.student.distill
+        assert distill
+        asked = {"k": distill.k, "temperature": distill.temperature}
+        return {"teacher": [distill.teacher.identity(), models.revision(distill.teacher)], **asked}
+
+    def identity_of_checkpoint(self) -> dict[str, Any]:
+        return self.identity_of_student("sft", "architecture", *(["distill"] if self.student.distill else []))
+
     def identity_of_variants(self) -> dict[str, Any]:
         """How variants are made; their gates belong to the scores."""
         made = {

@@ -85,7 +85,9 @@ def chain(run: Run, until: str | None = None) -> list[Step]:
     """The steps of a run, in order, up to and including ``until``; nothing is built."""
     steps: dict[str, Step] = {}
     for stage in STAGES[: len(stage_names(until))]:
-        inputs = {name: steps[name].fingerprint for name in stage.reads}
+        if not stage.wanted(run):
+            continue
+        inputs = {name: steps[name].fingerprint for name in stage.reads if name in steps}
         identity = {"stage": stage.name, "version": stage.version, "inputs": inputs, "decides": stage.decides(run)}
         digest, label = fingerprint(identity), stage.label(run)
         path = place(run.home, stage.name, label, digest)
@@ -105,7 +107,7 @@ def execute(run: Run, steps: list[Step]) -> Iterator[Done]:
             if artifact := step.sealed():  # another run sealed it while we waited for its lock
                 yield Done(step, artifact, built=False)
                 continue
-            yield Done(step, _build(run, step, partial, {name: paths[name] for name in step.stage.reads}), built=True)
+            yield Done(step, _build(run, step, partial, {name: paths[name] for name in step.inputs}), built=True)
 
 
 def _build(run: Run, step: Step, partial: Path, inputs: dict[str, Path]) -> Artifact:

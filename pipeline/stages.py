@@ -27,6 +27,7 @@ class Stage:
     label: Callable[[Run], str]
     decides: Callable[[Run], dict[str, Any]]
     build: Callable[[Run, Inputs, Path], Result]
+    wanted: Callable[[Run], bool]
 
     @property
     def summary(self) -> str:
@@ -42,11 +43,12 @@ def stage(
     version: int = 1,
     label: Callable[[Run], str],
     decides: Callable[[Run], dict[str, Any]],
+    wanted: Callable[[Run], bool] = lambda run: True,
 ) -> Callable[[Callable[[Run, Inputs, Path], Result]], Callable[[Run, Inputs, Path], Result]]:
-    """Append the decorated function to the chain."""
+    """Append the decorated function to the chain. A run that does not want it goes without, and so do its readers."""
 
     def add(build: Callable[[Run, Inputs, Path], Result]) -> Callable[[Run, Inputs, Path], Result]:
-        STAGES.append(Stage(build.__name__, reads, version, label, decides, build))
+        STAGES.append(Stage(build.__name__, reads, version, label, decides, build, wanted))
         return build
 
     return add
@@ -121,14 +123,29 @@ def packs(run: Run, inputs: Inputs, out: Path) -> Result:
 @stage(
     reads=("packs",),
     label=lambda run: run.student.name,
-    decides=lambda run: run.identity_of_student("sft", "architecture"),
+    decides=lambda run: run.identity_of_logits(),
+    wanted=lambda run: run.student.distill is not None,
+)
+def logits(run: Run, inputs: Inputs, out: Path) -> Result:
+    """The top-k of a teacher of the student's own vocabulary, for every label of the packs."""
+    from r1distill.students import logits
+
+    return logits.build(run.student, inputs["packs"], out, run.home, max(1, run.hardware.gpus_per_node))
+
+
+@stage(
+    reads=("packs", "logits"),
+    label=lambda run: run.student.name,
+    decides=lambda run: run.identity_of_checkpoint(),
 )
 def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
     """The fine-tuned student: full, or LoRA merged."""
     from r1distill.pipeline import plan
     from r1distill.students import sft
 
-    return sft.build(run.student, inputs["packs"], out, run.home, plan.training_layout(run))
+    return sft.build(
+        run.student, inputs["packs"], out, run.home, plan.training_layout(run), logits=inputs.get("logits")
+    )
 
 
 @stage(

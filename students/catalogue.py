@@ -137,6 +137,22 @@ class Sft(Settings):
     launch: Launch = execution(Launch())
 
 
+class Distill(Settings):
+    """Learning from the probabilities of a teacher that has the student's own vocabulary, and not from text alone.
+
+    ``topk_kl``: forward KL to the teacher's ``k`` most probable tokens of every label, plus cross-entropy. ``tail``
+    says what becomes of the rest of its mass, see ``kernels/README.md``.
+    """
+
+    kind: Literal["topk_kl"]
+    teacher: ModelRef
+    k: int = Field(64, gt=0, le=1024)
+    temperature: float = Field(1.0, gt=0)
+    kl_weight: float = Field(1.0, ge=0)
+    ce_weight: float = Field(0.1, ge=0)
+    tail: Literal["bucket", "renormalise"] = "bucket"
+
+
 class VariantGate(Settings):
     """What a variant must keep of the checkpoint, on the same questions and held-out traces, or it is withheld."""
 
@@ -289,6 +305,7 @@ class Student(Settings):
     architecture: Architecture
     packs: Packs
     sft: Sft
+    distill: Distill | None = None  # null: from text alone, as DeepSeek's students
     variants: dict[str, Variant] = Field({})
     gate: Gate = Gate()
     twin: Twin | None = None  # null: nobody has published one

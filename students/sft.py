@@ -23,22 +23,27 @@ from r1distill.students.catalogue import Adapter, Sft, Student
 from r1distill.students.layout import Layout
 
 
-def build(student: Student, packs: Path, out: Path, home: Path, spread: Layout) -> Result:
+def build(
+    student: Student, packs: Path, out: Path, home: Path, spread: Layout, *, logits: Path | None = None
+) -> Result:
     """Train on ``packs`` and write the checkpoint: safetensors, tokenizer, loss.json, loss.png; for LoRA also adapter/.
 
-    ``spread`` says over which processes. Rows are traces. A run that was cut off goes on from its last whole
-    checkpoint, which lies in ``out/.work``.
+    ``spread`` says over which processes; ``logits`` is where a teacher's top-k lies for a student that learns from it.
+    Rows are traces. A run that was cut off goes on from its last whole checkpoint, which lies in ``out/.work``.
     """
     train = schema.read(packs / "train", schema.PACK)
     if not train.num_rows:
         raise RequestError(f"{packs} holds no training packs: every trace was rejected. Its manifest says why.")
     traces = sum(len(row["members"]) for row in schema.rows(train, ["members"]))
     layout.check_heads(spread, student.architecture)
+    if logits and spread.sequence_parallel > 1:
+        raise RequestError("a student with 'distill' can't be trained with sequence_parallel over 1: leave one out.")
     job = {
         "student": student.model_dump(mode="json"),
         "base": str(models.materialise(student.base, home)),
         "packs": str(packs),
         "out": str(out),
+        "logits": str(logits) if logits else None,
         "layout": spread.model_dump(mode="json"),
         "packs_per_step": packs_per_step(student.sft, train.num_rows, traces),
     }
@@ -67,7 +72,7 @@ def main(job: dict[str, Any]) -> None:
     from datasets import load_from_disk
     from transformers import AutoTokenizer
 
-    from r1distill.students import base, trainer
+    from r1distill.students import base, kd, topk, trainer
 
     student, out, packs = Student.model_validate(job["student"]), Path(job["out"]), Path(job["packs"])
     spread = Layout.model_validate(job["layout"])
@@ -75,12 +80,22 @@ def main(job: dict[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(packs / "tokenizer")
     validation = load_from_disk(str(packs / "validation")) if (packs / "validation").is_dir() else None
     progress = trainer.progress()
-    training = trainer.trainer_class()(
+    train, pad = load_from_disk(str(packs / "train")), tokenizer.pad_token_id
+    args = trainer.arguments(student.sft, spread, checkpoints, spread.rounds(job["packs_per_step"]))
+    collate: Any = partial(trainer.collate, pad=pad)
+    make = trainer.trainer_class
+    if job["logits"]:
+        assert student.distill
+        rows = topk.TopK(Path(job["logits"]) / "train", schema.read(packs / "train", schema.PACK))
+        train, collate = kd.numbered(train), partial(kd.collate, pad=pad, rows=rows)
+        make = partial(kd.trainer_class, student.distill, student.architecture.vocab)
+        args.remove_unused_columns = False
+    training = make()(
         model=base.load(student.architecture, Path(job["base"]), tokenizer, torch.float32),
-        args=trainer.arguments(student.sft, spread, checkpoints, spread.rounds(job["packs_per_step"])),
-        train_dataset=load_from_disk(str(packs / "train")),
+        args=args,
+        train_dataset=train,
         eval_dataset=validation or None,
-        data_collator=partial(trainer.collate, pad=tokenizer.pad_token_id),
+        data_collator=collate,
         processing_class=tokenizer,
         peft_config=trainer.lora(student, tokenizer) if isinstance(student.sft.method, Adapter) else None,
         callbacks=[progress],

@@ -1,0 +1,225 @@
+"""A teacher's top-k: written and read beside real packs, and learned from through packing and masks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r1distill.data import schema
+from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.students import kd, layout, logits, packing, sft, topk, trainer
+from r1distill.students.catalogue import Student
+
+TERMS = {"k": 8, "temperature": 2.0, "kl_weight": 0.7, "ce_weight": 0.3}
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the same vocabulary with other weights, some of them large: its probabilities are far from even."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("teacher")
+    shutil.copytree(tiny_base, folder, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def student(tiny_student: Student, teacher: Path) -> Student:
+    distill = {"kind": "topk_kl", "teacher": {"kind": "folder", "path": str(teacher)}, **TERMS}
+    return Student.model_validate({**tiny_student.model_dump(), "distill": distill})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where packs and logits are kept for all tests."""
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture
+def packs(student: Student, sums_dataset: Path, made: Path) -> Path:
+    folder = made / "packs"
+    if not folder.is_dir():
+        (folder / ".work").mkdir(parents=True)
+        packing.build(student, sums_dataset, folder, made / "home")
+    return folder
+
+
+@pytest.fixture
+def scored(student, packs: Path, teacher: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the logits, by the worker's own code in this process, in shards of two packs."""
+    monkeypatch.setattr(topk, "ranges", partial(topk.ranges, shard_tokens=2 * student.packs.context_tokens))
+    if not (made / "logits").is_dir():
+        logits.main(job(student, packs, teacher, made))
+    shutil.copytree(made / "logits", tmp_path / "logits")
+    return tmp_path / "logits" / "train"
+
+
+def job(student: Student, packs: Path, teacher: Path, folder: Path) -> dict:
+    dump = student.model_dump(mode="json")
+    return {"student": dump, "teacher": str(teacher), "packs": str(packs), "out": str(folder / "logits")}
+
+
+def table(packs: Path):
+    return schema.read(packs / "train", schema.PACK)
+
+
+def test_rows_are_the_teachers_for_each_member_read_alone(scored: Path, packs: Path, teacher: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    rows, read = topk.TopK(scored, table(packs)), list(schema.rows(table(packs)))
+    assert len(rows.shards) > 1 and max(len(pack["members"]) for pack in read) > 1
+    for number, pack in enumerate(read):
+        ids, logprobs = rows.of(number)
+        expected = []
+        for member in range(len(pack["members"])):
+            tokens, labels = packing.member(pack, member)
+            with torch.no_grad():
+                q = (model(torch.tensor([tokens])).logits[0].double() / TERMS["temperature"]).log_softmax(1)
+            expected += [q[place - 1] for place, label in enumerate(labels) if label != -100]
+        q = torch.stack(expected)
+        assert ids.shape == (len(q), TERMS["k"])
+        np.testing.assert_allclose(logprobs, q.topk(TERMS["k"]).values, atol=5e-3)
+        np.testing.assert_allclose(q.gather(1, torch.from_numpy(ids).long()), logprobs, atol=5e-3)
+    entries = sum(shard.rows * shard.k for shard in rows.shards)
+    size = sum(file.stat().st_size for file in scored.glob("*.bin"))
+    assert size == 5 * entries + 2 * sum(shard.rows for shard in rows.shards)
+
+
+def test_what_is_there_is_not_made_again(scored: Path, student, packs, teacher, tmp_path) -> None:
+    before = {file.name: file.stat().st_mtime_ns for file in scored.iterdir()}
+    (scored / "00001.json").unlink()  # as if it had been killed before the last step
+    with pytest.raises(R1DistillError, match="up to"):
+        topk.TopK(scored, table(packs))
+    logits.main(job(student, packs, teacher, tmp_path))
+    topk.TopK(scored, table(packs))
+    changed = {file.name for file in scored.iterdir() if before[file.name] != file.stat().st_mtime_ns}
+    assert changed == {"00001.json", "00001.bin"}
+
+
+def test_several_workers_share_the_shards(scored: Path, student, packs, teacher, tmp_path, monkeypatch) -> None:
+    whole = {file.name: file.read_bytes() for file in scored.iterdir()}
+    shutil.rmtree(scored)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        logits.main(job(student, packs, teacher, tmp_path))
+    assert {file.name: file.read_bytes() for file in scored.iterdir()} == whole
+
+
+def test_rows_of_other_packs_are_refused(scored: Path, packs: Path, tmp_path: Path) -> None:
+    rows = list(schema.rows(table(packs)))
+    rows[1]["labels"][-1], rows[1]["input_ids"][-1] = 5, 5
+    schema.write(tmp_path / "changed", schema.PACK, rows)
+    with pytest.raises(R1DistillError, match="made from other packs"):
+        topk.TopK(scored, schema.read(tmp_path / "changed", schema.PACK))
+
+
+def test_rows_that_are_shifted_by_one_are_caught(scored: Path, packs: Path) -> None:
+    shard = topk.Shard(**json.loads((scored / "00000.json").read_text()))
+    for whole in topk._map(scored / "00000.bin", shard, "r+")[::2]:  # ids and log-probabilities, not the labels' own
+        whole[:] = np.roll(whole, 1, axis=0)
+    with pytest.raises(R1DistillError, match="not the one of its label"):
+        topk.TopK(scored, table(packs))
+
+
+def test_a_cut_file_is_refused(scored: Path, packs: Path) -> None:
+    with (scored / "00000.bin").open("r+b") as handle:
+        handle.truncate(100)
+    with pytest.raises(R1DistillError, match="100 bytes"):
+        topk.TopK(scored, table(packs))
+
+
+def test_another_vocabulary_is_refused(tiny_base: Path, tiny_r1_base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    mine, other = (AutoTokenizer.from_pretrained(folder) for folder in (tiny_base, tiny_r1_base))
+    logits.check_vocabulary(mine, mine, "the same")
+    with pytest.raises(RequestError, match="another vocabulary"):
+        logits.check_vocabulary(mine, other, "the other")
+
+
+def gradients(student: Student, packs: Path, rows: topk.TopK, shift: int = 0):
+    """(loss, named gradients) of one batch of all packs by the trainer's own loss."""
+    import torch
+    from datasets import load_from_disk
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(student.base.path, dtype=torch.float32)  # type: ignore[union-attr]
+    batch = kd.collate(list(kd.numbered(load_from_disk(str(packs / "train")))), pad=0, rows=rows)
+    batch["topk_ids"], batch["topk_logprobs"] = (batch[name].roll(shift, 0) for name in ("topk_ids", "topk_logprobs"))
+    assert student.distill
+    total = kd.summed(model, model.get_output_embeddings(), batch, student.distill, student.architecture.vocab)
+    assert "forward" not in vars(model.get_output_embeddings())
+    total.backward()
+    return total.item(), {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def dense(student: Student, packs: Path, rows: topk.TopK):
+    """The same in float64, each member alone, with all of its logits, by the loss's definition."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from r1distill.kernels.topk_kl.reference import Terms, token_losses
+
+    model = AutoModelForCausalLM.from_pretrained(student.base.path, dtype=torch.float64)  # type: ignore[union-attr]
+    terms, total = Terms(TERMS["temperature"], TERMS["kl_weight"], TERMS["ce_weight"], "bucket"), 0
+    for number, pack in enumerate(schema.rows(table(packs))):
+        ids, logprobs = (torch.from_numpy(one) for one in rows.of(number))
+        for member in range(len(pack["members"])):
+            tokens, labels = (torch.tensor(one) for one in packing.member(pack, member))
+            learned = labels[1:] != -100
+            count = int(learned.sum())
+            z = model(tokens[None]).logits[0, :-1][learned]
+            total = (
+                total + token_losses(z, labels[1:][learned], ids[:count].long(), logprobs[:count].double(), terms).sum()
+            )
+            ids, logprobs = ids[count:], logprobs[count:]
+        assert not len(ids)
+    total.backward()
+    return total.item(), {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def test_the_trained_loss_is_the_dense_one(student: Student, packs: Path, scored: Path) -> None:
+    """Loss and every gradient to 1e-4 of their size, and a shift by one row is no such thing."""
+    rows = topk.TopK(scored, table(packs))
+    loss, grads = gradients(student, packs, rows)
+    true, truths = dense(student, packs, rows)
+    assert loss == pytest.approx(true, rel=1e-4) and grads.keys() == truths.keys()
+    for name, grad in grads.items():
+        assert float((grad.double() - truths[name]).abs().max() / truths[name].abs().max()) < 1e-4, name
+    shifted, wrong = gradients(student, packs, rows, shift=1)
+    assert abs(shifted / true - 1) > 1e-4  # little, since this student knows nothing yet
+    assert max(float((grad.double() - truths[name]).norm() / truths[name].norm()) for name, grad in wrong.items()) > 0.1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "method", [{"kind": "full"}, {"kind": "lora", "rank": 4, "alpha": 8}], ids=lambda one: one["kind"]
+)
+def test_a_student_learns_from_the_logits(student: Student, packs: Path, tmp_path: Path, method: dict) -> None:
+    """The stage as it is run, then a training on it: the loss falls, checkpoints and validation are as ever."""
+    student = Student.model_validate({**student.model_dump(), "sft": {**student.sft.model_dump(), "method": method}})
+    for name in ("logits", "out"):
+        (tmp_path / name / ".work").mkdir(parents=True)
+    result = logits.build(student, packs, tmp_path / "logits", tmp_path / "home")
+    result.check("logits")
+    assert result.metrics["k"] == TERMS["k"] and result.kept == int(topk.targets(table(packs)).sum())
+    spread = layout.default(student.sft.launch)
+    done = sft.build(student, packs, tmp_path / "out", tmp_path / "home", spread, logits=tmp_path / "logits")
+    assert done.metrics["last_loss"] < done.metrics["first_loss"] and done.metrics["validation_loss"] > 0
+    assert trainer.last_good(tmp_path / "out" / ".work" / "checkpoints")
