@@ -384,6 +384,7 @@ def disk(student: Student, teacher: Teacher, work: Workload) -> Memory:
     return {
         **({"teacher": model.weights_bytes / GIB} if model else {}),
         "traces and packs": (work.tokens or 0) * (TEXT_BYTES + PACK_BYTES) / GIB,
+        **({"logits": (work.tokens or 0) * student.distill.bytes_per_token / GIB} if student.distill else {}),
         "base and student": 2 * footprint.BF16 * parameters / GIB,
         "training checkpoints": 2 * states / GIB,
         "variants": len(student.variants) * parameters / GIB,

@@ -152,6 +152,11 @@ class Distill(Settings):
     ce_weight: float = Field(0.1, ge=0)
     tail: Literal["bucket", "renormalise"] = "bucket"
 
+    @property
+    def bytes_per_token(self) -> int:
+        """On disk: 5 bytes an entry, and 2 for the label's own log-probability."""
+        return 5 * self.k + 2
+
 
 class VariantGate(Settings):
     """What a variant must keep of the checkpoint, on the same questions and held-out traces, or it is withheld."""

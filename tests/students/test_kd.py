@@ -75,7 +75,7 @@ def table(packs: Path):
     return schema.read(packs / "train", schema.PACK)
 
 
-def test_rows_are_the_teachers_for_each_member_read_alone(scored: Path, packs: Path, teacher: Path) -> None:
+def test_rows_are_the_teachers_for_each_member_read_alone(student, scored: Path, packs: Path, teacher: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -94,9 +94,8 @@ def test_rows_are_the_teachers_for_each_member_read_alone(scored: Path, packs: P
         assert ids.shape == (len(q), TERMS["k"])
         np.testing.assert_allclose(logprobs, q.topk(TERMS["k"]).values, atol=5e-3)
         np.testing.assert_allclose(q.gather(1, torch.from_numpy(ids).long()), logprobs, atol=5e-3)
-    entries = sum(shard.rows * shard.k for shard in rows.shards)
     size = sum(file.stat().st_size for file in scored.glob("*.bin"))
-    assert size == 5 * entries + 2 * sum(shard.rows for shard in rows.shards)
+    assert student.distill and size == student.distill.bytes_per_token * int(rows.counts.sum())
 
 
 def test_what_is_there_is_not_made_again(scored: Path, student, packs, teacher, tmp_path) -> None:
