@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from r1distill.data.settings import CHECKS, CheckName, VerdictSettings
 from r1distill.data.verify import agreement, filters, pool, sandbox, verifiers
 from r1distill.data.verify import judge as judges
 from r1distill.data.verify.check import Finding, failed, passed, unverifiable
-from r1distill.data.verify.findings import Findings, content_key, finding_key
+from r1distill.data.verify.findings import Findings, content_key, finding_key, rule_key
 from r1distill.data.verify.judge import Judge, JudgeRequest
 from r1distill.data.verify.verifiers import Item, correctness
 
@@ -221,10 +222,11 @@ def examine(
     """
     with Findings(home / "findings") as findings:
         _make_missing(settings, checks, items(), count, findings, _examined)
+        keys = _Keys(settings, checks)
         for batch in _batches(items()):
-            keys = [_keys(one, settings, checks) for one in batch]
-            known = findings.known(key for each in keys for key in each.values())
-            for one, each in zip(batch, keys, strict=True):
+            found = [keys(one) for one in batch]
+            known = findings.known(key for each in found for key in each.values())
+            for one, each in zip(batch, found, strict=True):
                 yield one, {check: known[key] for check, key in each.items()}
 
 
@@ -238,31 +240,35 @@ def _make_missing(
 ) -> None:
     from tqdm import tqdm
 
+    keys = _Keys(settings, checks)
+    under_way: deque[dict[CheckName, bytes]] = deque()  # in the order in which they come back
     with tqdm(total=count, disable=None, delay=2, desc="verdicts", unit=" traces") as progress:
 
         def missing() -> Iterator[Wanted]:
             for batch in _batches(items):
-                keys = [_keys(one, settings, checks) for one in batch]
-                known = findings.known(key for each in keys for key in each.values())
-                for one, each in zip(batch, keys, strict=True):
+                found = [keys(one) for one in batch]
+                known = findings.known(key for each in found for key in each.values())
+                for one, each in zip(batch, found, strict=True):
                     if lacking := [check for check, key in each.items() if key not in known]:
+                        under_way.append(each)
                         yield one, lacking
                     else:
                         progress.update()
 
         with closing(examine(settings, missing())) as examined:
             for batch in _batches(examined):
-                made = [(_keys(one, settings, checks), found) for one, found in batch]
-                findings.add({keys[check]: finding for keys, found in made for check, finding in found.items()})
+                made = [(under_way.popleft(), found) for _, found in batch]
+                findings.add({each[check]: finding for each, found in made for check, finding in found.items()})
                 progress.update(len(batch))
 
 
 def _judged_before(settings: VerdictSettings, items: Iterable[Item], findings: Findings) -> Iterator[Judged]:
     """What the verifiers' findings, all of which are there, say of the items."""
+    keys = _Keys(settings)
     for batch in _batches(items):
-        keys = [_keys(one, settings) for one in batch]
-        known = findings.known(key for each in keys for key in each.values())
-        for one, each in zip(batch, keys, strict=True):
+        found = [keys(one) for one in batch]
+        known = findings.known(key for each in found for key in each.values())
+        for one, each in zip(batch, found, strict=True):
             yield _judged(settings, one, {check: known[key] for check, key in each.items()})
 
 
@@ -330,24 +336,32 @@ def _settled(settings: VerdictSettings, judged: Judged, findings: Findings, judg
     return settled
 
 
-def _keys(one: Item, settings: VerdictSettings, checks: Sequence[CheckName] = CHECKS) -> dict[CheckName, bytes]:
-    """Under what each check's finding on this item is kept."""
-    content = content_key(*(getattr(one, name) for name in _CONTENT))
-    values: dict[str, Any] = {"timeout_seconds": settings.timeout_seconds, "limits": settings.limits.model_dump()}
+class _Keys:
+    """Under what each check's finding on an item is kept."""
 
-    def rule(check: CheckName) -> Iterator[Any]:
-        for name in _RULES[check]:
-            section, _, field = name.partition(".")
-            yield values[section][field] if field else values[section]
-        if check == "correctness" and one.verifier == "code":
-            yield settings.code.model_dump(mode="json")
+    def __init__(self, settings: VerdictSettings, checks: Sequence[CheckName] = CHECKS):
+        self._settings, self._checks = settings, checks
+        self._rules: dict[tuple[CheckName, str], bytes] = {}
 
-    return {check: finding_key(content, check, _version(one, check), *rule(check)) for check in checks}
+    def __call__(self, one: Item) -> dict[CheckName, bytes]:
+        content = _content(one)
+        return {check: finding_key(content, self._rule(check, one)) for check in self._checks}
+
+    def _rule(self, check: CheckName, one: Item) -> bytes:
+        if (check, one.verifier) not in self._rules:
+            values: list[Any] = [attrgetter(name)(self._settings) for name in _RULES[check]]
+            if check == "correctness" and one.verifier == "code":
+                values.append(self._settings.code.model_dump(mode="json"))
+            self._rules[check, one.verifier] = rule_key(check, _version(one, check), *values)
+        return self._rules[check, one.verifier]
 
 
 def _judge_key(one: Item, judge: Judge) -> bytes:
-    content = content_key(*(getattr(one, name) for name in _CONTENT))
-    return finding_key(content, "judge", judges.VERSION, judge.name, judge.identity)
+    return finding_key(_content(one), rule_key("judge", judges.VERSION, judge.name, judge.identity))
+
+
+def _content(one: Item) -> bytes:
+    return content_key(*(getattr(one, name) for name in _CONTENT))
 
 
 def _batches(things: Iterable[T]) -> Iterator[list[T]]:
@@ -362,8 +376,11 @@ class _Prompts:
     def __init__(self, folder: Path):
         self._table = schema.read(folder, schema.PROMPT)
         self._at = {key: place for place, key in enumerate(self._table["prompt_id"].to_pylist())}
+        self._last: dict[str, Any] | None = None
         self.verifiers = set(self._table["verifier"].unique().to_pylist())
 
     def __getitem__(self, prompt_id: str) -> dict[str, Any] | None:
-        place = self._at.get(prompt_id)
-        return None if place is None else self._table.slice(place, 1).to_pylist()[0]
+        if self._last is None or self._last["prompt_id"] != prompt_id:  # a prompt's traces stand together
+            place = self._at.get(prompt_id)
+            self._last = None if place is None else self._table.slice(place, 1).to_pylist()[0]
+        return self._last

@@ -21,14 +21,24 @@ KEY_BYTES = 16
 _KEYS_PER_QUERY = 500
 
 
-def content_key(*parts: Any) -> bytes:
-    """The hash of what is judged, in JSON values."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=KEY_BYTES).digest()
+def content_key(*parts: str | None) -> bytes:
+    """The hash of what is judged."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        text = (part or "").encode("utf-8", "surrogatepass")
+        digest.update(b"-" if part is None else b"%d:" % len(text))
+        digest.update(text)
+    return digest.digest()
 
 
-def finding_key(content: bytes, *rule: Any) -> bytes:
-    """The hash of a content and the rule (check, version, thresholds) that it is judged by."""
-    return hashlib.blake2b(content + json.dumps(rule, sort_keys=True).encode(), digest_size=KEY_BYTES).digest()
+def rule_key(*rule: Any) -> bytes:
+    """The hash of a rule: check, version and thresholds, in JSON values."""
+    return hashlib.blake2b(json.dumps(rule, sort_keys=True).encode(), digest_size=KEY_BYTES).digest()
+
+
+def finding_key(content: bytes, rule: bytes) -> bytes:
+    """The hash of a content and the rule that it is judged by."""
+    return hashlib.blake2b(content + rule, digest_size=KEY_BYTES).digest()
 
 
 class Findings:
