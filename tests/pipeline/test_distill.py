@@ -162,7 +162,7 @@ def test_killed_in_every_stage_the_chain_finishes_and_asks_nothing_twice(workpla
     assert not list(home.rglob("*.partial"))
     measured = {one.stage: one for one in calibration.read(home)}
     assert {"checkpoint", "variants", "scores"} <= set(measured)
-    assert all(one.seconds > 0 and one.gib > 0.1 for one in measured.values())
+    assert measured["checkpoint"].gib > 0.3 and measured["checkpoint"].tokens_per_second > 0
 
     bench = report["scores"]["benchmarks"]["sums"]["models"]
     assert set(bench) == {"base", "student", "q4_k_m"}
