@@ -154,6 +154,61 @@ def test_no_server_outlives_us(gguf, tmp_path, end, session, gone):
     assert gone(leader)
 
 
+UNTIL_CTRL_C = """
+import sys
+from pathlib import Path
+from r1distill.teacher.serve import LlamaSpec, serving, wait_for_interrupt
+class Slow(LlamaSpec):
+    def command(self, port):
+        return [sys.executable, "-c", "import time; time.sleep(600)"]
+kind = Slow if sys.argv[3:] else LlamaSpec
+with serving(kind(Path(sys.argv[1]), "smol", 256, 2), Path(sys.argv[2])) as endpoint:
+    server = endpoint.recover.__self__
+    print(server._watcher.pid, flush=True)
+    wait_for_interrupt(endpoint)
+    print(server._watcher.pid, flush=True)
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_a_server_that_had_crashed_and_come_back(gguf, tmp_path, end, session, gone):
+    command = [sys.executable, "-c", UNTIL_CTRL_C, gguf, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ours:
+        leader = int(ours.stdout.readline())
+        os.kill(max(session(leader)), signal.SIGKILL)
+        assert "died and is started again (1 of 3)" in ours.stderr.readline()
+        assert gone(leader)
+        deadline = time.monotonic() + 60
+        while "answers" not in _state(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ours.send_signal(end)
+        assert ours.wait(60) == 0
+        again = int(ours.stdout.readline())
+    assert again != leader
+    assert gone(again)
+
+
+def _state(logs: Path) -> str:
+    """Whether the newest log's server, whose port the log's name ends in, answers."""
+    port = max(logs.glob("*.log"), key=lambda log: log.stat().st_mtime).stem.rpartition("-")[2]
+    try:
+        return "answers" if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200 else "starts"
+    except httpx.TransportError:
+        return "starts"
+
+
+def test_ctrl_c_while_a_server_starts_leaves_nothing_of_it(gguf, tmp_path, gone):
+    ours = subprocess.Popen([sys.executable, "-c", UNTIL_CTRL_C, gguf, tmp_path, "slow"], stderr=subprocess.PIPE)
+    children = Path(f"/proc/{ours.pid}/task/{ours.pid}/children")
+    while not (found := children.read_text().split()):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    ours.send_signal(signal.SIGINT)
+    assert ours.wait(60) != 0
+    assert b"KeyboardInterrupt" in ours.stderr.read()
+    assert gone(int(found[0]))
+
+
 def test_stubborn_children_are_killed_with_their_server(session, gone):
     """A server that ignores SIGTERM, with a child that does too."""
     stubborn = "import signal, time, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.fork(); time.sleep(600)"

@@ -22,7 +22,11 @@ parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
 found = {}
 for name, arguments in json.load(sys.stdin).items():
     try:
-        found[name] = vars(parser.parse_args(arguments))["max_model_len"]
+        read = vars(parser.parse_args(arguments))
+        found[name] = [read[name] for name in (
+            "max_model_len", "data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size",
+            "enable_expert_parallel", "distributed_executor_backend", "host",
+        )]
     except Exception as error:
         found[name] = f"refused: {error}"
 print("FOUND" + json.dumps(found))
@@ -40,6 +44,9 @@ def test_vllm_takes_every_option_of_every_file_and_refuses_a_misspelt_one():
     teachers = {name: load_teacher(name) for name in names("teachers")}
     served = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, VllmTeacher)}
     commands = {name: VllmSpec("model", "name", teacher.options).command(8000)[3:] for name, teacher in served.items()}
+    one_node = {"options.data-parallel-size": 1, "options.tensor-parallel-size": 8, "host": "0.0.0.0"}
+    tensor = load_teacher("r1-8xh200", one_node)
+    commands["tensor"] = VllmSpec("model", "name", tensor.options, host=tensor.host).command(8000)[3:]
     commands["misspelt"] = VllmSpec("model", "name", {"tensor-paralel-size": 8}).command(8000)[3:]
     done = subprocess.run(
         [sys.executable, "-c", PARSER], input=json.dumps(commands), capture_output=True, text=True, timeout=300
@@ -47,7 +54,12 @@ def test_vllm_takes_every_option_of_every_file_and_refuses_a_misspelt_one():
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.rpartition("FOUND")[2])
     assert found.pop("misspelt").startswith("refused: ")
-    assert found == {name: teacher.options["max-model-len"] for name, teacher in served.items()}
+    # GPUs by data, tensor and pipeline parallelism, and whether the experts are spread over all of them.
+    assert found.pop("tensor")[1:] == [1, 8, 1, True, None, "0.0.0.0"]
+    assert found["r1-8xh200"][1:] == [8, 1, 1, True, None, "127.0.0.1"]
+    assert found["r1-16xh100"][1:] == [1, 8, 2, False, "ray", "127.0.0.1"]
+    lengths = {name: read[0] for name, read in found.items()}
+    assert lengths == {name: teacher.options["max-model-len"] for name, teacher in served.items()}
 
 
 def test_answers_have_room_beside_their_questions():
