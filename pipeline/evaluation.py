@@ -59,7 +59,11 @@ ANSWER = pa.schema(
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to be scored: how to serve it, which revision it is, and how many questions it gets (None: all)."""
+    """A model to be scored: how to serve it, which revision it is, and where it is asked less than others.
+
+    ``limit`` is how many questions of a benchmark it gets, ``samples`` how often each (None: all, and as often as the
+    benchmark says).
+    """
 
     name: str
     spec: VllmSpec | LlamaSpec | EndpointTeacher | RecordedTeacher
@@ -67,6 +71,7 @@ class Contender:
     size_bytes: int | None
     opens_thinking: bool
     limit: int | None = None
+    samples: int | None = None
 
     @property
     def runtime(self) -> str:
@@ -115,10 +120,11 @@ class _Asked:
         few = contender.limit or len(everything)  # spread over the whole benchmark, whose order may be by task
         spread = everything[:: max(1, len(everything) // few)][:few]
         self.questions = {one.row["prompt_id"]: one for one in spread}
+        k = min(benchmark.k, contender.samples or benchmark.k)
         requests = [
             Request(key, number, [{"role": "user", "content": one.message}])
             for key, one in self.questions.items()
-            for number in range(benchmark.k)
+            for number in range(k)
         ]
         sampling = Sampling(
             temperature=benchmark.temperature,

@@ -170,6 +170,7 @@ class Run:
             "twin": [whole["twin"], self.twin_revision],
             "gate": whole["gate"],
             "variant_gates": {name: settings.get("gate") for name, settings in whole["variants"].items()},
+            "variant_answers": [whole["variant_questions"], whole["variant_samples"]],
             "base": [whole["base"], self.base_revision],
             "teacher": [self.teacher.identity(), self.teacher_revision] if self.scores_teacher else None,
         }

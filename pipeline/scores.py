@@ -70,14 +70,14 @@ def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender
     spec, opens = _vllm(run, checkpoint, student.name)
     yield Contender("student", spec, mark, _size(checkpoint), opens)
     for name, settings in student.variants.items():
-        folder, few = variants / name, student.variant_questions
+        folder, few, samples = variants / name, student.variant_questions, student.variant_samples
         if settings.kind == "gguf":
             file = next(folder.glob("*.gguf"))
             llama = LlamaSpec(gguf=file, served_name=name, context_tokens=context_tokens(run.benchmarks), slots=4)
-            yield Contender(name, llama, f"{mark}/{name}", file.stat().st_size, True, few)
+            yield Contender(name, llama, f"{mark}/{name}", file.stat().st_size, True, few, samples)
         else:
             spec, opens = _vllm(run, folder, name)
-            yield Contender(name, spec, f"{mark}/{name}", _size(folder), opens, few)
+            yield Contender(name, spec, f"{mark}/{name}", _size(folder), opens, few, samples)
 
 
 def twin(run: Run) -> Contender:

@@ -232,9 +232,10 @@ def scores(student: Student, teacher: Teacher, hardware: Hardware, benchmarks: S
     files = [name for name, variant in student.variants.items() if variant.kind == "gguf"]
     whole = 2 + (student.score_teacher and not isinstance(teacher, RecordedTeacher))
     whole += student.twin is not None and student.twin.recorded is None
-    few, asked = student.variant_questions, whole + len(student.variants)
-    of_files = questions_asked(benchmarks, len(files), few)
-    work = questions_asked(benchmarks, whole).plus(questions_asked(benchmarks, len(student.variants) - len(files), few))
+    few, asked = (student.variant_questions, student.variant_samples), whole + len(student.variants)
+    of_files = questions_asked(benchmarks, len(files), *few)
+    of_others = questions_asked(benchmarks, len(student.variants) - len(files), *few)
+    work = questions_asked(benchmarks, whole).plus(of_others)
     if not hardware.gpus:
         name = f"serve {student.name}, its base and {len(student.variants)} variants, one after the other"
         return _serving_on_cpu("scores", name, model, hardware, work.plus(of_files), ServingLayout(), CPU_KV_GIB, asked)
@@ -245,7 +246,7 @@ def scores(student: Student, teacher: Teacher, hardware: Hardware, benchmarks: S
         return answer
     hours = of_files.tokens / estimate.serving_rate_on_cpu(model, hardware) / 3600
     note = f"{_duration(hours)} of it for {', '.join(files)}: llama.cpp answers on the CPU"
-    note += "; student.variant_questions asks fewer" if few is None else ""
+    note += "" if any(few) else "; student.variant_questions and variant_samples ask less"
     return replace(answer.lasting(answer.hours + hours, hardware), note=note)
 
 

@@ -75,14 +75,16 @@ def _prompts(sources: Sequence[Source]) -> int | None:
     return total
 
 
-def questions_asked(benchmarks: Sequence[Benchmark], models: int, most: int | None = None) -> Workload:
-    """The completions of the scores: every question (or the ``most`` of a benchmark) k times, of every model."""
+def questions_asked(
+    benchmarks: Sequence[Benchmark], models: int, most: int | None = None, samples: int | None = None
+) -> Workload:
+    """The completions of the scores: every question (or ``most`` of a benchmark) k (or ``samples``) times a model."""
     total, tokens = 0, 0.0
     for bench in benchmarks:
         questions = bench.limit or QUESTIONS.get(bench.name) or _prompts([bench.source])
         if questions is None:
             return Workload()
-        asked = min(questions, most or questions) * bench.k * models
+        asked = min(questions, most or questions) * min(bench.k, samples or bench.k) * models
         total += asked
         tokens += asked * min(RECIPE_MEAN_TOKENS, bench.max_tokens)
     return Workload(total, tokens / total) if total else Workload(0 if benchmarks else None)

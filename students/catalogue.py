@@ -318,7 +318,8 @@ class Student(Settings):
     publication: Publication
     teacher: str = execution()
     score_teacher: bool = True
-    variant_questions: int | None = None  # how many questions a variant gets; null: all of them
+    variant_questions: int | None = Field(None, gt=0)  # of each benchmark, that a variant gets; null: all of them
+    variant_samples: int | None = Field(None, gt=0)  # of each question, that a variant gives; null: the benchmark's k
     serve_options: dict[str, Any] = execution({})
 
     @field_validator("variants", mode="before")

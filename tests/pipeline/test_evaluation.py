@@ -107,6 +107,14 @@ def test_more_samples_ask_only_for_the_new_ones(tmp_path, out, fast_model):
     assert len(server.bodies) == 18
 
 
+def test_a_variant_may_be_asked_less(tmp_path, out, fast_model):
+    server = fast_model(one_of_each)
+    few = contender(server.url, limit=2, samples=3)
+    answers = evaluation.answers([benchmark(tmp_path, QUESTIONS)], [few], tmp_path, out, workers=1)
+    assert len(answers) == len(server.bodies) == 6
+    assert summary(answers)["k"] == 3 and summary(answers)["questions"] == 2
+
+
 SECRET = "a sentence of the question that nobody may show"
 
 
