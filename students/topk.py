@@ -116,7 +116,7 @@ def write(folder: Path, number: int, first: int, packs: pa.Table, k: int, rows: 
             ids[here] = whole[:, :, None].view(np.uint8)[:, :, :ID_BYTES]
             logprobs[here], own[here] = its_logprobs, its_own
             place += count
-        logprobs.base.flush()  # type: ignore[union-attr]
+        logprobs.base.flush()
     with partial.open("rb") as handle:
         os.fsync(handle.fileno())
     partial.replace(_bin(folder, shard))

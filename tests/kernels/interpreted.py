@@ -45,14 +45,14 @@ def rounding(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_beside_the_reference_and_the_truth(problem, truth, ours, error, shape, terms, dtype):
+def test_loss_beside_the_reference_and_the_truth(problem, truth, ours, error, shape, terms):
     """The kernel's error is at most about the reference's in the same precision, both measured from float64."""
     number = TERMS.index(terms) + SHAPES.index(shape)
+    dtype = torch.bfloat16 if number % 2 else torch.float32
     case = problem(*shape, padded=number * 5, seed=number, dtype=dtype)
-    options = {"reduction": ("mean", "sum", "none")[number % 3], "weighted": number % 2 == 0, **terms}
+    options = {"reduction": ("mean", "sum", "none")[number % 3], "weighted": number % 4 < 2, **terms}
     true = truth(case, **options)
     plain = error(ours(case, chunk_tokens=3, **options), true)
     kernel = error(ours(case, chunk_tokens=3, implementation="fused", **options), true)
@@ -121,7 +121,7 @@ def test_all_ignored_and_all_of_the_vocabulary(problem, ours):
 @pytest.mark.parametrize("shape", [(7, 123, 33, 1), (5, 507, 33, 30), (4, 507, 8, 507), (3, 1000, 8, 0)], ids=str)
 def test_scores_beside_the_reference(problem, shape, dtype):
     case = problem(*shape[:3], 0, dtype=dtype, padded=6)
-    for temperature in (1.0, 0.7):
+    for temperature in (0.7,) if dtype == torch.float32 else (1.0,):
         options = {"k": shape[3], "temperature": temperature, "vocab_size": case.vocab, "chunk_tokens": 3}
         plain = token_scores(case.hidden, case.weight, case.labels, implementation="reference", **options)
         found = token_scores(case.hidden, case.weight, case.labels, implementation="fused", **options)

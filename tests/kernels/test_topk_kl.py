@@ -53,7 +53,7 @@ def test_gradcheck(problem, reduction, terms):
         inputs = (hidden, weight, case.labels, case.ids, case.logprobs)
         return topk_kl_loss(*inputs, vocab_size=case.vocab, reduction=reduction, chunk_tokens=3, **terms)
 
-    assert torch.autograd.gradcheck(loss, (case.hidden, case.weight))
+    assert torch.autograd.gradcheck(loss, (case.hidden, case.weight), fast_mode=True)
 
 
 def test_without_entries_it_is_cross_entropy(problem, ours):

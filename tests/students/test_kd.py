@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -204,6 +206,54 @@ def test_the_trained_loss_is_the_dense_one(student: Student, packs: Path, scored
     shifted, wrong = gradients(student, packs, rows, shift=1)
     assert abs(shifted / true - 1) > 1e-4  # little, since this student knows nothing yet
     assert max(float((grad.double() - truths[name]).norm() / truths[name].norm()) for name, grad in wrong.items()) > 0.1
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+import torch
+from torch.distributed import destroy_process_group, get_rank, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from r1distill.students import kd
+from r1distill.students.catalogue import Distill
+
+base, folder = sys.argv[1], Path(sys.argv[2])
+init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+batch = torch.load(folder / f"batch{get_rank()}.pt", weights_only=True)
+distill = Distill.model_validate_json((folder / "distill.json").read_text())
+kd.summed(model, model.get_output_embeddings(), batch, distill, 320).backward()
+grads = {name: weight.grad.full_tensor() for name, weight in model.named_parameters()}
+if get_rank() == 0:
+    torch.save(grads, folder / "grads.pt")
+destroy_process_group()
+"""
+
+
+@pytest.mark.soak
+def test_a_sharded_head_gives_the_same_gradients(student: Student, packs: Path, scored: Path, tmp_path: Path) -> None:
+    """Two processes, each with half of the packs and half of every weight (torch's fully_shard over gloo)."""
+    import torch
+    from datasets import load_from_disk
+
+    rows = topk.TopK(scored, table(packs))
+    read = list(kd.numbered(load_from_disk(str(packs / "train"))))
+    for rank in range(2):
+        torch.save(kd.collate(read[rank::2], pad=0, rows=rows), tmp_path / f"batch{rank}.pt")
+    assert student.distill
+    (tmp_path / "distill.json").write_text(student.distill.model_dump_json())
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launch = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launch, tmp_path / "sharded.py", student.base.path, tmp_path], check=True, timeout=500)
+    _, whole = gradients(student, packs, rows)
+    for name, grad in torch.load(tmp_path / "grads.pt", weights_only=True).items():
+        assert float((2 * grad - whole[name]).abs().max() / whole[name].abs().max()) < 1e-4, name  # theirs is the mean
 
 
 @pytest.mark.soak
