@@ -183,15 +183,20 @@ class _Variant(Settings):
 
 class GgufVariant(_Variant):
     """A file for llama.cpp. With ``importance``, scales are searched so as to err least where the calibration's
-    activations are large (an importance matrix; Q8_0 has no use for one)."""
+    activations are large (an importance matrix)."""
 
     kind: Literal["gguf"]
     scheme: Literal["q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "q8_0"] = "q4_k_m"
     importance: bool = True
 
     @property
+    def weighted(self) -> bool:
+        """Whether an importance matrix is gathered: only the formats with blocks in blocks have a use for it."""
+        return self.importance and "_k" in self.scheme and self.tuning_steps == 0
+
+    @property
     def calibrated(self) -> bool:
-        return self.importance or super().calibrated
+        return self.weighted or super().calibrated
 
 
 class GptqVariant(_Variant):

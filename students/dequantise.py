@@ -157,16 +157,17 @@ class GgufWeights:
     def __init__(self, file: Path):
         from gguf import GGUFReader
 
-        reader = GGUFReader(file)
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        reader = GGUFReader(file)  # which takes seconds, for the vocabulary
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._fields = reader.fields
+        self.kind = self.field("general.architecture")
+        count = f"{self.kind}.attention.head_count"
+        self._heads = {"q": self.field(count), "k": self.field(f"{count}_kv")} if self.kind == "llama" else {}
 
-        def field(key: str) -> Any:
-            found = reader.fields.get(key)
-            return found.contents() if found else None
-
-        kind = field("general.architecture")
-        self._heads = {"q": field(f"{kind}.attention.head_count"), "k": field(f"{kind}.attention.head_count_kv")}
-        self._permuted = kind == "llama"
+    def field(self, key: str) -> Any:
+        """A value of the file's head, or None."""
+        found = self._fields.get(key)
+        return found.contents() if found else None
 
     def get(self, name: str) -> torch.Tensor | None:
         import torch
@@ -179,12 +180,11 @@ class GgufWeights:
             layer = f"blk.{number}."
         if stem not in GGUF_NAMES:
             raise R1DistillError(f"{name} has no name in GGUF that is known here.")
-        tensor = self._tensors.get(f"{layer}{GGUF_NAMES[stem]}.{suffix}")
+        tensor = self.tensors.get(f"{layer}{GGUF_NAMES[stem]}.{suffix}")
         if tensor is None:
             return None
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        heads = self._heads.get(stem.removeprefix("self_attn.").removesuffix("_proj")) if self._permuted else None
-        if heads:
+        if heads := self._heads.get(stem.removeprefix("self_attn.").removesuffix("_proj")):
             value = value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
         return value
 

@@ -53,11 +53,10 @@ class Reference:
     def tokens(self) -> int:
         return sum(len(one.ids) - one.first for one in self.sequences)
 
-    def divergence(self, variant: Path) -> float:
-        """The mean over target tokens of KL(checkpoint || variant)."""
+    def divergence(self, theirs: Weights) -> float:
+        """The mean over target tokens of KL(checkpoint || variant), whose weights are given."""
         import torch
 
-        theirs = weights(variant)
         states = last_states(self.checkpoint, theirs, self.sequences)
         total = 0.0
         ours_head, their_head = (_head(which).to(states.device) for which in (self._weights, theirs))

@@ -7,6 +7,7 @@ serving it; ``prompts.json`` holds the conversations that both are then asked to
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import time
@@ -23,6 +24,7 @@ from r1distill.students import worker
 from r1distill.students.catalogue import AwqVariant, Fp8Variant, GgufVariant, GptqVariant, Int8Variant, Student, Variant
 from r1distill.students.soundness import KEPT_FILES, problems
 from r1distill.students.template import TEMPLATES, Unusable, encode
+from r1distill.students.usage import modelfile
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +33,16 @@ if TYPE_CHECKING:
     from r1distill.students.divergence import Reference
 
 PROBES = "prompts.json"
+
 TOKENS_AT_ONCE = 16_384  # of calibration: eight pieces of 2,048 tokens, or fewer that are longer
+
+# How llama.cpp calls the ways to cut text into words before its bytes are merged, by the pattern that does it.
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+PRE_TOKENIZERS = {QWEN2: "qwen2", LLAMA3: "llama-bpe", "": "gpt-2", "digits": "smollm"}
 
 
 def build(student: Student, checkpoint: Path, dataset: Path, out: Path) -> Result:
@@ -66,6 +77,7 @@ def main(job: dict[str, Any]) -> None:
     """In the worker: each variant quantised, given the checkpoint's files, checked, and told of when it is whole."""
     from transformers import AutoTokenizer
 
+    from r1distill.students.dequantise import weights
     from r1distill.students.divergence import Reference, held_out
 
     student = Student.model_validate(job["student"])
@@ -78,14 +90,15 @@ def main(job: dict[str, Any]) -> None:
         pieces = calibration(student, variant, tokenizer, dataset) if variant.calibrated else None
         made = _make(student, name, pieces, checkpoint, out / ".work" / name)
         quantised = time.monotonic()
-        wrong = problems(made, checkpoint)
+        values = weights(made)
+        wrong = problems(made, checkpoint, values)
         kl, tokens = None, variant.kl_tokens
         if tokens and not wrong:
             if tokens not in references:
                 traces = (_target(student, tokenizer, row["messages"]) for row in _rows(dataset, "validation"))
                 references[tokens] = Reference(checkpoint, held_out((one for one in traces if one), tokens))
             if references[tokens].tokens:
-                kl = references[tokens].divergence(made)
+                kl = references[tokens].divergence(values)
         made.rename(out / name)
         facts = {
             "kind": variant.kind,
@@ -106,7 +119,9 @@ def _make(student: Student, name: str, pieces: torch.Tensor | None, checkpoint: 
     made, out = quantise(variant, checkpoint, pieces, scratch / "raw"), scratch / "made"
     if isinstance(variant, GgufVariant):
         out.mkdir()
-        next(made.glob("*.gguf")).rename(out / f"{student.name}-{variant.scheme.upper()}.gguf")
+        file = f"{student.name}-{variant.scheme.upper()}.gguf"
+        next(made.glob("*.gguf")).rename(out / file)
+        (out / "Modelfile").write_text(modelfile(student, file), encoding="utf-8")
     else:
         made.rename(out)
         for file in KEPT_FILES:
@@ -182,10 +197,12 @@ def quantise(variant: Variant, checkpoint: Path, pieces: torch.Tensor | None, ou
         settings["alg_configs"] = "awq" if variant.tuning_steps == 0 else ["awq", "auto_round"]
     if variant.tuning_steps == 0:
         # Without a search for scales each weight is rounded to the nearest level of its own group: seconds.
-        settings["disable_opt_rtn"] = not (isinstance(variant, GgufVariant) and variant.importance)
-    gc.unfreeze()
+        settings["disable_opt_rtn"] = not (isinstance(variant, GgufVariant) and variant.weighted)
+    else:
+        settings["gradient_accumulate_steps"] = max(1, min(8, count) // at_once)
+    if isinstance(variant, GgufVariant):
+        _prepare_converter(checkpoint)
     gc.collect()
-    gc.freeze()  # AutoRound collects garbage after every layer; the libraries' own objects need not be walked each time
     cuda = torch.cuda.is_available()
     rounding = AutoRound(
         str(checkpoint),
@@ -195,16 +212,51 @@ def quantise(variant: Variant, checkpoint: Path, pieces: torch.Tensor | None, ou
         nsamples=count,
         seqlen=length,
         batch_size=at_once,
-        gradient_accumulate_steps=max(1, min(8, count) // at_once),
         device_map=0 if cuda else "cpu",
         low_gpu_mem_usage=cuda,  # one block on the GPU at a time, and its inputs in the machine's memory
         enable_torch_compile=cuda,  # which takes longer on a CPU than it saves
         trust_remote_code=False,
         **settings,
     )
-    gc.freeze()
-    rounding.quantize_and_save(output_dir=str(out), format=form)
+    # AutoRound collects garbage after every layer, walking all the libraries' objects; without a GPU there is none that
+    # reference counts and the collector's own rounds would leave.
+    collect = gc.collect
+    try:
+        gc.collect = gc.collect if cuda else lambda *_: 0
+        rounding.quantize_and_save(output_dir=str(out), format=form)
+    finally:
+        gc.collect = collect
     return out if (out / "config.json").is_file() else next(path for path in out.iterdir() if path.is_dir())
+
+
+def pre_tokenizer(checkpoint: Path) -> str:
+    """llama.cpp's name of how the checkpoint's tokenizer cuts text; raises R1DistillError where it knows no such way.
+
+    Read from tokenizer.json: the converter looks for the hash of a sample's ids, which other special tokens change.
+    """
+    spec = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"] or {}
+    parts = spec.get("pretokenizers", [spec])
+    patterns = [part["pattern"].get("Regex", "") for part in parts if part.get("type") == "Split"]
+    if any(part.get("type") == "Digits" and part.get("individual_digits") for part in parts):
+        patterns.append("digits")
+    whole = "".join(patterns)
+    if whole not in PRE_TOKENIZERS or not any(part.get("type") == "ByteLevel" for part in parts):
+        raise R1DistillError(
+            f"{checkpoint / 'tokenizer.json'} cuts text in a way that llama.cpp has no name for here ({spec}). "
+            "Leave the GGUF variants out of the student's file."
+        )
+    return PRE_TOKENIZERS[whole]
+
+
+def _prepare_converter(checkpoint: Path) -> None:
+    """Have AutoRound's copy of llama.cpp's converter load, and write our name of the pre-tokenizer into the file."""
+    import gguf
+    from auto_round.export.export_to_gguf.llama_cpp_conversion import get_conversion
+
+    if not hasattr(gguf.MODEL_ARCH, "DFLASH"):  # named in the file that holds Qwen2, and unknown to gguf 0.19
+        gguf.MODEL_ARCH.DFLASH = None
+    name, converter = pre_tokenizer(checkpoint), get_conversion(checkpoint)
+    importlib.import_module(f"{converter.module.__name__}.base").TextModel.get_vocab_base_pre = lambda *_: name
 
 
 def _set_dtype(file: Path) -> None:

@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from r1distill.students.dequantise import GgufWeights, Weights
+
 # What a variant takes from the checkpoint as it is; AutoRound writes these files in its own way.
 KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SAME = ("eos_token_id", "bos_token_id", "pad_token_id", "vocab_size", "max_position_embeddings", "rope_parameters")
 
 
-def problems(variant: Path, checkpoint: Path) -> list[str]:
-    """Everything that is found wrong with the variant in a folder; nothing means that it is sound."""
-    file = next(variant.glob("*.gguf"), None)
-    return list(check_gguf(file, checkpoint) if file else check_tensors(variant, checkpoint))
+def problems(variant: Path, checkpoint: Path, values: Weights) -> list[str]:
+    """Everything that is found wrong with the variant in a folder, whose weights are ``values``."""
+    if isinstance(values, GgufWeights):
+        return list(check_gguf(values, checkpoint))
+    return list(check_tensors(variant, checkpoint))
 
 
 def check_tensors(variant: Path, checkpoint: Path) -> Iterator[str]:
@@ -72,21 +75,16 @@ def _names(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def check_gguf(file: Path, checkpoint: Path) -> Iterator[str]:
+def check_gguf(values: GgufWeights, checkpoint: Path) -> Iterator[str]:
     """What is wrong with a GGUF file."""
     import numpy as np
-    from gguf import GGUFReader, TokenType
+    from gguf import TokenType
 
-    reader = GGUFReader(file)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
     spec = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
-
-    def found(key: str) -> Any:
-        field = reader.fields.get(key)
-        return field.contents() if field else None
-
-    kind, rope = found("general.architecture"), config.get("rope_parameters") or {}
+    found = values.field
+    kind, rope = values.kind, config.get("rope_parameters") or {}
     expected = {
         "tokenizer.chat_template": (checkpoint / "chat_template.jinja").read_text(encoding="utf-8"),
         "tokenizer.ggml.eos_token_id": config["eos_token_id"],
@@ -97,8 +95,8 @@ def check_gguf(file: Path, checkpoint: Path) -> Iterator[str]:
     for key, value in expected.items():
         if found(key) != value:
             yield f"{key} is {found(key)!r}, expected {value!r}"
-    if found("tokenizer.ggml.add_bos_token") and settings.get("bos_token"):
-        yield "tokenizer.ggml.add_bos_token is on, and the chat template writes a BOS too"
+    if found("tokenizer.ggml.add_bos_token") is not False and settings.get("bos_token"):
+        yield "tokenizer.ggml.add_bos_token is not off, and the chat template writes a BOS too"
     tokens, types = found("tokenizer.ggml.tokens") or [], found("tokenizer.ggml.token_type") or []
     for added in spec["added_tokens"]:
         here, name = added["id"], added["content"]
@@ -107,13 +105,13 @@ def check_gguf(file: Path, checkpoint: Path) -> Iterator[str]:
             yield f"token {here} is {tokens[here] if here < len(tokens) else None!r}, expected {name!r}"
         elif not whole:
             yield f"token {here}, {name}, is not read as one token"
-    names = {tensor.name for tensor in reader.tensors}
+    names = set(values.tensors)
     count = len(_names(checkpoint))
     if len(names - {"rope_freqs.weight"}) != count:
         yield f"it holds {len(names)} tensors, the checkpoint {count}"
     if (rope.get("rope_type") == "llama3") != ("rope_freqs.weight" in names):
         yield "the rotary frequencies are stretched in one of the file and its checkpoint, and not in the other"
-    for tensor in reader.tensors:
+    for tensor in values.tensors.values():
         if tensor.tensor_type.name == "F32" and not np.isfinite(tensor.data).all():
             yield f"{tensor.name} holds values that are not finite"
         elif tensor.tensor_type.name != "F32" and not tensor.data.any():

@@ -206,6 +206,7 @@ def write_tokenizer(template: Template, base: Path, out: Path, *, max_tokens: in
     tokenizer.save_pretrained(out)
     config = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that older readers don't know
+    config["add_bos_token"] = False  # llama.cpp adds one to Llama's vocabulary unless it is told not to
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     loaded: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(out)
     return loaded

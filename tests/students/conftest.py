@@ -70,23 +70,23 @@ def write_tokenizer(folder: Path, words: list[str], special: list[str], first: i
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_model(folder: Path, model_type: str, vocabulary: int) -> None:
-    """Two random layers of 32 dimensions with tied embeddings, in bf16."""
+def write_model(folder: Path, model_type: str, vocabulary: int, **changes: object) -> None:
+    """Two random layers of 32 dimensions with tied embeddings, in bf16; ``changes`` are of its configuration."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        max_position_embeddings=512,
-    )
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 512,
+    }
+    config = AutoConfig.for_model(model_type, **(shape | changes))
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
 
 
