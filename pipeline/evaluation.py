@@ -25,6 +25,8 @@ from r1distill.data.verify import sandbox, votes
 from r1distill.data.verify.check import Finding
 from r1distill.data.verify.sandbox import SandboxSettings
 from r1distill.data.verify.verifiers import Item
+from r1distill.pipeline.rendering import Renderings
+from r1distill.pipeline.variants import tokens_per_second
 from r1distill.students.template import ASSISTANT, TEMPLATES
 from r1distill.teacher import recorded
 from r1distill.teacher.ledger import Ledger
@@ -74,16 +76,26 @@ class Contender:
     samples: int | None = None
 
     @property
+    def ours(self) -> bool:
+        """The student and its variants, which have its template."""
+        return self.name not in ("base", "teacher", "twin")
+
+    @property
     def runtime(self) -> str:
         names = {VllmSpec: "vllm", LlamaSpec: "llama.cpp", EndpointTeacher: "endpoint", RecordedTeacher: "recorded"}
         return names[type(self.spec)]
 
 
 def answers(
-    wanted: Sequence[Benchmark], everyone: Sequence[Contender], home: Path, out: Path, workers: int | None = None
+    wanted: Sequence[Benchmark],
+    everyone: Sequence[Contender],
+    home: Path,
+    out: Path,
+    workers: int | None = None,
+    renderings: Renderings | None = None,
 ) -> list[dict[str, Any]]:
     """Ask every contender what the ledger lacks, then judge; rows of ANSWER, but for the completions: those are in
-    ``out/answers.parquet``.
+    ``out/answers.parquet``. With ``renderings``, those that have the student's template are first asked to tokenise.
 
     Raises R1DistillError where over 1% of a contender's answers to a benchmark failed, RequestError where programs are
     to be run and there is no sandbox, or a recorded run lacks answers.
@@ -98,7 +110,14 @@ def answers(
         Ledger(home / "ledger") as ledger,
         pq.ParquetWriter(out / "answers.parquet", ANSWER, compression="zstd") as file,
     ):
-        _ask([one for one in asked if one.recorded is None and pending(one.order, ledger)], home, ledger)
+        unread = {one.name for one in everyone if renderings and one.ours and renderings.of(one.revision) is None}
+        unasked = (one for one in asked if one.recorded is None)
+        _ask(
+            [one for one in unasked if one.contender.name in unread or pending(one.order, ledger)],
+            home,
+            ledger,
+            renderings,
+        )
 
         def items() -> Iterator[Item]:
             return (verdicts.item(one.questions[t["prompt_id"]].row, t) for one in asked for t in one.traces(ledger))
@@ -154,8 +173,20 @@ class _Asked:
         return [row for row in found if row["sample"] < self.benchmark.k]
 
 
-def _ask(wanted: list[_Asked], home: Path, ledger: Ledger) -> None:
-    """Serve each contender once and ask it for all of its benchmarks."""
+def speeds(wanted: Sequence[Benchmark], everyone: Sequence[Contender], home: Path) -> dict[str, float | None]:
+    """Tokens a second of each contender that was asked here, by name."""
+    found = {bench.name: benchmarks.asked(bench) for bench in wanted}
+    with Ledger(home / "ledger") as ledger:
+        return {
+            one.name: tokens_per_second(
+                trace for bench in wanted for trace in _Asked(bench, found[bench.name], one).traces(ledger)
+            )
+            for one in everyone
+        }
+
+
+def _ask(wanted: list[_Asked], home: Path, ledger: Ledger, renderings: Renderings | None) -> None:
+    """Serve each contender once, see how it reads a conversation, and ask it for all of its benchmarks."""
     by_contender: dict[str, list[_Asked]] = {}
     for one in wanted:
         by_contender.setdefault(one.contender.name, []).append(one)
@@ -163,6 +194,9 @@ def _ask(wanted: list[_Asked], home: Path, ledger: Ledger) -> None:
     servable = [spec for spec in specs if not isinstance(spec, RecordedTeacher)]
     with closing(in_turn(servable, home / "logs")) as endpoints:
         for endpoint, orders in zip(endpoints, by_contender.values(), strict=True):
+            contender = orders[0].contender
+            if renderings and contender.ours:
+                renderings.look(endpoint, contender.runtime, contender.revision)
             for one in orders:
                 client = _client(one.contender.spec)
                 ask(one.order, endpoint, ledger, client, f"{one.contender.name} on {one.benchmark.name}")

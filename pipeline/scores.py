@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from r1distill.data.models import HubModel
 from r1distill.data.result import Result
 from r1distill.data.settings import Benchmark
 from r1distill.pipeline import evaluation, published
+from r1distill.pipeline.artifact import fingerprint
 from r1distill.pipeline.evaluation import Contender, context_tokens, folder_spec
-from r1distill.pipeline.gates import Verdict, held, variant
+from r1distill.pipeline.gates import Verdict, held, sound, variant
 from r1distill.pipeline.metrics import paired, question_means, summary
+from r1distill.pipeline.rendering import Renderings
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.stageplan import student_options
-from r1distill.teacher.serve import LlamaSpec, VllmSpec, spec_of
+from r1distill.pipeline.variants import of_variants
+from r1distill.students.quantise import PROBES
+from r1distill.teacher.serve import LlamaSpec, VllmSpec, on_cpu, spec_of
 from r1distill.teacher.settings import RecordedTeacher
 
 Rows = list[dict[str, Any]]
@@ -34,14 +38,25 @@ def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
 
     Counts are of answers: read = asked for, kept = correct, the others by what was wrong with them.
     """
-    everyone = list(contenders(run, checkpoint, variants))
-    answers = evaluation.answers(run.benchmarks, everyone, run.home, out, run.prompts.verdicts.workers)
+    made = json.loads((variants / "manifest.json").read_text(encoding="utf-8"))["metrics"]
+    renderings = Renderings(run.home, json.loads((variants / PROBES).read_text(encoding="utf-8")))
+    everyone = list(contenders(run, checkpoint, variants, made))
+    workers = run.prompts.verdicts.workers
+    answers = evaluation.answers(run.benchmarks, everyone, run.home, out, workers, renderings)
+    readings = {one.name: renderings.of(one.revision) or [] for one in everyone if one.ours}
     twin = run.student.twin
     repo = twin.repo if twin else None
     benchmarks = {bench.name: table(bench, everyone, answers, repo) for bench in run.benchmarks}
     reproduction = reproduced(run.benchmarks, repo, benchmarks)
-    verdicts = gates(run, answers) + harness_gate(reproduction)
-    scores = {"benchmarks": benchmarks, "reproduction": reproduction, "gates": verdicts}
+    verdicts = gates(run, answers, made, readings) + harness_gate(reproduction)
+    scores = {
+        "benchmarks": benchmarks,
+        "reproduction": reproduction,
+        "gates": verdicts,
+        "variants": of_variants(
+            run.student, made, verdicts, everyone, evaluation.speeds(run.benchmarks, everyone, run.home)
+        ),
+    }
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     return account(answers, scores, [gate["model"] for gate in verdicts if not gate["passed"]])
 
@@ -52,8 +67,11 @@ def account(answers: Rows, scores: dict[str, Any], failed: list[str]) -> Result:
     return Result(len(answers), len(answers) - wrong.total(), dict(wrong), {"scores": scores}, failed, unit="answers")
 
 
-def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender]:
-    """Base, teacher, twin, student, then the variants, in the order of the report."""
+def contenders(run: Run, checkpoint: Path, variants: Path, made: Mapping[str, Any]) -> Iterator[Contender]:
+    """Base, teacher, twin, student, then the variants that can be served here, in the order of the report.
+
+    A variant's answers are known by its checkpoint and by how it was made.
+    """
     student = run.student
     base = models.materialise(student.base, run.home)
     spec, opens = _vllm(run, base, "base")
@@ -70,14 +88,18 @@ def contenders(run: Run, checkpoint: Path, variants: Path) -> Iterator[Contender
     spec, opens = _vllm(run, checkpoint, student.name)
     yield Contender("student", spec, mark, _size(checkpoint), opens)
     for name, settings in student.variants.items():
+        if made[name]["problems"] or (settings.kind == "fp8" and on_cpu()):
+            continue
         folder, few, samples = variants / name, student.variant_questions, student.variant_samples
+        how = fingerprint({key: value for key, value in settings.identity().items() if key != "gate"})
+        exact = f"{mark}/{name}-{how[:8]}"
         if settings.kind == "gguf":
             file = next(folder.glob("*.gguf"))
             llama = LlamaSpec(gguf=file, served_name=name, context_tokens=context_tokens(run.benchmarks), slots=4)
-            yield Contender(name, llama, f"{mark}/{name}", file.stat().st_size, True, few, samples)
+            yield Contender(name, llama, exact, file.stat().st_size, True, few, samples)
         else:
             spec, opens = _vllm(run, folder, name)
-            yield Contender(name, spec, f"{mark}/{name}", _size(folder), opens, few, samples)
+            yield Contender(name, spec, exact, _size(folder), opens, few, samples)
 
 
 def twin(run: Run) -> Contender:
@@ -148,9 +170,14 @@ def harness_gate(reproduction: dict[str, Any]) -> list[Verdict]:
     ]
 
 
-def gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The checkpoint against base and teacher, each variant against the checkpoint on the same questions."""
-    found: list[dict[str, Any]] = []
+def gates(
+    run: Run, answers: list[dict[str, Any]], made: Mapping[str, Any], readings: Mapping[str, list[str]]
+) -> list[dict[str, Any]]:
+    """The checkpoint against base and teacher, each variant against the checkpoint on the same questions.
+
+    ``made`` are the variants stage's facts, ``readings`` what the runtimes read otherwise, by model.
+    """
+    found: list[dict[str, Any]] = [sound("checkpoint", readings.get("student", []))]
     by_model: dict[str, list[dict[str, Any]]] = {}
     for row in answers:
         by_model.setdefault(row["model"], []).append(row)
@@ -164,9 +191,11 @@ def gates(run: Run, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         share = accuracy["student"] / accuracy["teacher"]
         found.append(held("checkpoint", "share of teacher", share, wanted.min_share_of_teacher))
     for name, settings in run.student.variants.items():
-        keys = {(row["benchmark"], row["prompt_id"]) for row in by_model[name]}
-        same = summary([row for row in student if (row["benchmark"], row["prompt_id"]) in keys])
-        found += variant(name, settings.gate, summary(by_model[name]), same)
+        rows = by_model.get(name, [])
+        keys = {(row["benchmark"], row["prompt_id"]) for row in rows}
+        same = [row for row in student if (row["benchmark"], row["prompt_id"]) in keys]
+        its, checkpoints = (summary(some) if some else None for some in (rows, same))
+        found += variant(name, settings.gate, made[name], readings.get(name, []), its, checkpoints)
     return found
 
 

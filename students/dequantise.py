@@ -94,13 +94,11 @@ class TorchWeights:
 
 
 def _scaled(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Rows (out, in) times a scale for each row (out, 1), or for each block of a grid of scales."""
-    scale = scale.float()
-    if scale.dim() == 2 and scale.shape[1] > 1:
-        for axis in (0, 1):
-            block = -(-weight.shape[axis] // scale.shape[axis])
-            scale = scale.repeat_interleave(block, axis).narrow(axis, 0, weight.shape[axis])
-    return weight.float() * scale
+    """(out, in) times a scale for each row (out, 1), or for each block of a grid of them; a block may be cut short."""
+    for axis in (0, 1):
+        size = weight.shape[axis]
+        scale = scale.repeat_interleave(-(-size // scale.shape[axis]), axis).narrow(axis, 0, size)
+    return weight.float() * scale.float()
 
 
 def _rounding(settings: dict[str, Any], fixed: torch.Tensor | None) -> Rounding:

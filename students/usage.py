@@ -10,8 +10,9 @@ import json
 import shlex
 from typing import Any
 
+from r1distill.data.thinking import OPEN
 from r1distill.students.catalogue import GgufVariant, Student
-from r1distill.students.template import OPEN, TEMPLATES, Template
+from r1distill.students.template import TEMPLATES, Template
 
 # Sampling as DeepSeek publishes it for these models; greedy reasoning falls into loops.
 TEMPERATURE, TOP_P = 0.6, 0.95

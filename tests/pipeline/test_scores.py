@@ -9,6 +9,7 @@ import pytest
 
 from r1distill.pipeline.metrics import interval, summary
 from r1distill.pipeline.scores import gates
+from r1distill.pipeline.variants import tokens_per_second
 from r1distill.students.catalogue import Gate, GgufVariant, VariantGate
 
 
@@ -64,6 +65,13 @@ def run(**gate):
     return SimpleNamespace(student=SimpleNamespace(gate=Gate(**gate), variants={"q4": variant}))
 
 
+MADE = {"q4": {"problems": [], "kl": 0.01}}
+
+
+def gated(settings, rows: list[dict], made: dict = MADE, readings: dict = {}) -> list[dict]:  # noqa: B006
+    return gates(settings, rows, made, readings)
+
+
 def failed(found: list[dict]) -> set[str]:
     return {gate["model"] for gate in found if not gate["passed"]}
 
@@ -71,17 +79,44 @@ def failed(found: list[dict]) -> set[str]:
 def test_a_variant_is_held_against_the_checkpoint_on_the_questions_that_it_was_asked():
     student = answers("student", "cc", "cc", "ww", "ww")
     base, teacher = answers("base", "ww", "ww", "ww", "ww"), answers("teacher", "cc", "cc", "cw", "ww")
-    good = gates(run(), base + teacher + student + answers("q4", "cc", "cc"))
+    good = gated(run(), base + teacher + student + answers("q4", "cc", "cc"))
     assert not failed(good)
     # Right on half of what the checkpoint gets right on the same questions: 50%, although the checkpoint has 50% overall.
-    assert failed(gates(run(), base + teacher + student + answers("q4", "cc", "ww"))) == {"q4"}
-    assert failed(gates(run(), base + teacher + student + answers("q4", "cc", "ct"))) == {"q4"}
+    assert failed(gated(run(), base + teacher + student + answers("q4", "cc", "ww"))) == {"q4"}
+    assert failed(gated(run(), base + teacher + student + answers("q4", "cc", "ct"))) == {"q4"}
 
 
 def test_the_checkpoint_fails_below_its_gain_or_its_share_of_the_teacher():
     base, teacher = answers("base", "ww", "cw"), answers("teacher", "cc", "cc")
     student, variant = answers("student", "cc", "ww"), answers("q4", "cc", "ww")
     everything = base + teacher + student + variant
-    assert failed(gates(run(min_gain=0.25, min_share_of_teacher=0.5), everything)) == set()
-    assert failed(gates(run(min_gain=0.3), everything)) == {"checkpoint"}
-    assert failed(gates(run(min_share_of_teacher=0.8), everything)) == {"checkpoint"}
+    assert failed(gated(run(min_gain=0.25, min_share_of_teacher=0.5), everything)) == set()
+    assert failed(gated(run(min_gain=0.3), everything)) == {"checkpoint"}
+    assert failed(gated(run(min_share_of_teacher=0.8), everything)) == {"checkpoint"}
+
+
+def test_a_variant_fails_by_its_files_its_divergence_its_loops_or_by_what_its_runtime_reads():
+    everything = [row for model in ("base", "student", "q4") for row in answers(model, "cc", "cc")]
+    assert failed(gated(run(), everything)) == set()
+    assert failed(gated(run(), everything, {"q4": {"problems": [], "kl": 0.2}})) == {"q4"}
+    wrong = ["conversation 1 differs at token 3: 7, expected 2"]
+    assert failed(gated(run(), everything, MADE, {"q4": wrong})) == {"q4"}
+    assert failed(gated(run(), everything, MADE, {"student": wrong})) == {"checkpoint"}
+    looping = [{**row, "loops": row["model"] == "q4"} for row in everything]
+    assert failed(gated(run(), looping)) == {"q4"}
+    # Files that are not sound are not served, so there are no answers to look at.
+    unasked = [row for row in everything if row["model"] != "q4"]
+    (gate,) = [
+        gate for gate in gated(run(), unasked, {"q4": {"problems": ["x is missing"], "kl": None}}) if not gate["passed"]
+    ]
+    assert gate["model"] == "q4" and "x is missing" in gate["message"]
+
+
+def test_speed_is_told_of_the_time_in_which_something_was_asked():
+    def asked(end: str, seconds: float, tokens: int) -> dict:
+        return {"created_at": f"2026-01-01T00:00:{end}+00:00", "seconds": seconds, "completion_tokens": tokens}
+
+    # Two at a time for ten seconds, a pause, and one of five seconds.
+    rows = [asked("10", 10, 100), asked("10", 8, 80), asked("50", 5, 30)]
+    assert tokens_per_second(rows) == pytest.approx(210 / 15)
+    assert tokens_per_second([]) is None

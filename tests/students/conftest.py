@@ -58,12 +58,12 @@ def sums(count: int, start: int = 0) -> list[dict]:
 
 
 def write_tokenizer(folder: Path, words: list[str], special: list[str], first: int) -> None:
-    """A byte-level tokenizer without merges: ``words`` and all bytes, then ``special`` tokens from id ``first`` on."""
+    """A byte-level tokenizer with one merge: ``words`` and all bytes, then ``special`` tokens from id ``first`` on."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    names = [*words, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names = [*words, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     names += [f"<unused {number}>" for number in range(len(names), first)]
-    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in [*words, *special]])
@@ -88,6 +88,12 @@ def write_model(folder: Path, model_type: str, vocabulary: int, **changes: objec
     }
     config = AutoConfig.for_model(model_type, **(shape | changes))
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., None]:
+    """``write_model``, for shapes of a test's own."""
+    return write_model
 
 
 @pytest.fixture(scope="session")
