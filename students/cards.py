@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1distill.students.catalogue import GgufVariant, Student
+from r1distill.students.usage import commands
 
 MODEL, DATASET, AT_COMMIT = "__MODEL__", "__DATASET__", "__AT_COMMIT__"  # what is open in the text
 LONG_TOKENS = 32768
@@ -200,7 +201,7 @@ def _running(story: Story) -> list[str]:
         "",
         "With vLLM:",
         "",
-        *_block("sh", f"vllm serve {MODEL} --max-model-len {context}"),
+        *_block("sh", *commands(story.student, MODEL)),
         "With transformers:",
         "",
         *_block(
@@ -217,23 +218,9 @@ def _running(story: Story) -> list[str]:
         ),
     ]
     for name in story.published:
-        fetch = f"hf download {MODEL} --include 'variants/{name}/*' --local-dir ."
-        if isinstance(story.student.variants[name], GgufVariant):
-            lines += [f"{name}, with llama.cpp or Ollama:", ""]
-            lines += _block(
-                "sh",
-                fetch,
-                f"llama-server -m variants/{name}/*.gguf --jinja -c {context}",
-                f"ollama create {_ollama_name(story)} -f variants/{name}/Modelfile",
-            )
-        else:
-            lines += [f"{name}, with vLLM:", ""]
-            lines += _block("sh", fetch, f"vllm serve ./variants/{name} --max-model-len {context}")
+        runtime = "llama.cpp or Ollama" if isinstance(story.student.variants[name], GgufVariant) else "vLLM"
+        lines += [f"{name}, with {runtime}:", "", *_block("sh", *commands(story.student, MODEL, name))]
     return lines
-
-
-def _ollama_name(story: Story) -> str:
-    return story.student.publication.repository.split("/")[-1].lower()
 
 
 def _block(language: str, *lines: str) -> list[str]:

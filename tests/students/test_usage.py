@@ -1,37 +1,24 @@
-"""What people type to run a variant: Ollama's template lays out what ours does, and vLLM's parser takes every flag."""
+"""What people type to run a variant: Ollama's template lays out what ours does."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
-import subprocess
-import sys
 from typing import Any
 
 import jinja2
 import pytest
 
-from r1distill.data.config import load, names
-from r1distill.students.catalogue import GgufVariant, Student
+from r1distill.data.config import load
+from r1distill.students.catalogue import Student
 from r1distill.students.template import TEMPLATES
-from r1distill.students.usage import commands, go_template, modelfile
+from r1distill.students.usage import go_template, modelfile
 
 TALKS = [
     [("user", "What is 2 + 2?")],
     [("system", 'Be "brief" {{ x }}.'), ("user", "数学\n\n x² 'q' \\boxed{4}")],
     [("user", "a"), ("assistant", "4"), ("user", "Why <b>?")],
 ]
-PARSER = """
-import json, sys
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = make_arg_parser(FlexibleArgumentParser(exit_on_error=False))
-parser.error = lambda message: (_ for _ in ()).throw(ValueError(message))
-for arguments in json.load(sys.stdin):
-    found = parser.parse_args(["--model", *arguments])
-    print("FOUND", found.max_model_len)
-"""
 
 
 def parsed(actions: list[str]) -> list[Any]:
@@ -86,18 +73,3 @@ def test_a_modelfile_names_its_file_and_stops_at_the_end_token() -> None:
     text = modelfile(student, "x.gguf")
     assert text.startswith("FROM ./x.gguf\n") and 'PARAMETER stop "<｜end▁of▁sentence｜>"' in text
     assert "PARAMETER num_ctx 32768" in text and text.count('"""') == 2
-
-
-def test_vllm_takes_the_command_line_of_every_variant() -> None:
-    lines = []
-    for name in names("students"):
-        student = load("students", name, Student)
-        for variant in (None, *student.variants):
-            typed = commands(student, "someone/model", variant)
-            served = [line.removeprefix("vllm serve ") for line in typed if line.startswith("vllm serve ")]
-            assert len(served) == (variant is None or not isinstance(student.variants[variant], GgufVariant))
-            lines += [shlex.split(line) for line in served]
-    unlike = [list(line) for line in dict.fromkeys(map(tuple, lines))]
-    done = subprocess.run([sys.executable, "-c", PARSER], input=json.dumps(unlike), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("FOUND") == len(unlike)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from r1distill.data.config import names
+from r1distill.data.config import load, names
 from r1distill.data.errors import RequestError
+from r1distill.students.catalogue import GgufVariant, Student
+from r1distill.students.usage import commands
 from r1distill.teacher.serve import VllmSpec
 from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, Sampling, VllmTeacher, load_teacher
 
@@ -40,16 +43,31 @@ def test_all_files_load_and_name_prompts():
     assert {"r1-8xh200", "r1-16xh100", "r1-4xb200", "deepseek-api", "recorded", "embedded"} <= set(names("teachers"))
 
 
-def test_vllm_takes_every_option_of_every_file_and_refuses_a_misspelt_one():
+def typed_for_students() -> dict[str, tuple[list[str], int]]:
+    """The vLLM command lines in the cards: (what follows the command, the context length)."""
+    found = {}
+    for name in names("students"):
+        student = load("students", name, Student)
+        for variant in (None, *student.variants):
+            lines = [line for line in commands(student, "someone/model", variant) if line.startswith("vllm serve ")]
+            assert len(lines) == (variant is None or not isinstance(student.variants[variant], GgufVariant))
+            for line in lines:
+                found[f"{name} {variant}"] = (["--model", *shlex.split(line)[2:]], student.packs.context_tokens)
+    return found
+
+
+def test_vllm_takes_every_option_of_every_file_and_card_and_refuses_a_misspelt_one():
     teachers = {name: load_teacher(name) for name in names("teachers")}
     served = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, VllmTeacher)}
-    commands = {name: VllmSpec("model", "name", teacher.options).command(8000)[3:] for name, teacher in served.items()}
+    cards = typed_for_students()
+    lines = {name: VllmSpec("model", "name", teacher.options).command(8000)[3:] for name, teacher in served.items()}
+    lines |= {name: line for name, (line, _) in cards.items()}
     one_node = {"options.data-parallel-size": 1, "options.tensor-parallel-size": 8, "host": "0.0.0.0"}
     tensor = load_teacher("r1-8xh200", one_node)
-    commands["tensor"] = VllmSpec("model", "name", tensor.options, host=tensor.host).command(8000)[3:]
-    commands["misspelt"] = VllmSpec("model", "name", {"tensor-paralel-size": 8}).command(8000)[3:]
+    lines["tensor"] = VllmSpec("model", "name", tensor.options, host=tensor.host).command(8000)[3:]
+    lines["misspelt"] = VllmSpec("model", "name", {"tensor-paralel-size": 8}).command(8000)[3:]
     done = subprocess.run(
-        [sys.executable, "-c", PARSER], input=json.dumps(commands), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PARSER], input=json.dumps(lines), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.rpartition("FOUND")[2])
@@ -59,7 +77,8 @@ def test_vllm_takes_every_option_of_every_file_and_refuses_a_misspelt_one():
     assert found["r1-8xh200"][1:] == [8, 1, 1, True, None, "127.0.0.1"]
     assert found["r1-16xh100"][1:] == [1, 8, 2, False, "ray", "127.0.0.1"]
     lengths = {name: read[0] for name, read in found.items()}
-    assert lengths == {name: teacher.options["max-model-len"] for name, teacher in served.items()}
+    contexts = {name: teacher.options["max-model-len"] for name, teacher in served.items()}
+    assert lengths == contexts | {name: context for name, (_, context) in cards.items()}
 
 
 def test_answers_have_room_beside_their_questions():
