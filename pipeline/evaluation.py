@@ -77,8 +77,8 @@ class Contender:
 
     @property
     def ours(self) -> bool:
-        """The student and its variants, which have its template."""
-        return self.name not in ("base", "teacher", "twin")
+        """The student and its variants, which have its template and are served here."""
+        return self.name not in ("base", "teacher", "twin") and isinstance(self.spec, VllmSpec | LlamaSpec)
 
     @property
     def runtime(self) -> str:

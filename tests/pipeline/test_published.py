@@ -148,6 +148,8 @@ def test_a_student_whose_twin_is_not_reproduced_does_not_pass(tmp_path, monkeypa
         Contender("student", server(0.8), "s", None, True),
     ]
     monkeypatch.setattr(scores, "contenders", lambda *_: everyone)
+    (tmp_path / "manifest.json").write_text(json.dumps({"metrics": {}}))  # of no variants
+    (tmp_path / "prompts.json").write_text(json.dumps({"conversations": [], "texts": []}))
     result = scores.build(run, tmp_path, tmp_path, tmp_path)
     result.check("scores")
     found = json.loads((tmp_path / "scores.json").read_text())
