@@ -135,11 +135,13 @@ def quantising(architecture: Architecture, variants: Iterable[Variant], on_gpu: 
     in the machine's memory with the inputs and outputs of one block for all calibration text; one block goes to the
     GPU, with its gradient and the rounding that is learned. The variants are made one after the other."""
     a = architecture
-    calibration = max((v.calibration_pieces * v.calibration_tokens for v in variants if v.calibrated), default=0)
+    read = [(v.calibration_pieces, v.calibration_tokens) for v in variants if v.calibrated]
+    calibration = max((pieces * tokens for pieces, tokens in read), default=0)
+    masks = max((pieces * tokens**2 for pieces, tokens in read), default=0)  # AutoRound keeps one a piece, in bytes
     block = 4 * (a.parameters - a.vocab * a.hidden * (1 if a.tied else 2)) / a.layers / GIB
     host: Memory = {
         "weights": (BF16 if on_gpu else 4) * a.parameters / GIB,
-        "samples": 2 * calibration * a.hidden * BF16 / GIB,
+        "samples": (2 * calibration * a.hidden * BF16 + masks) / GIB,
         "processes": PROCESS_GIB,
     }
     at_once = min(calibration, QUANTISED_TOKENS)

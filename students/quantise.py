@@ -88,7 +88,7 @@ def main(job: dict[str, Any]) -> None:
     for name in job["variants"]:
         variant, began = student.variants[name], time.monotonic()
         pieces = calibration(student, variant, tokenizer, dataset) if variant.calibrated else None
-        made = _make(student, name, pieces, checkpoint, out / ".work" / name)
+        made = make(student, name, pieces, checkpoint, out / ".work" / name)
         quantised = time.monotonic()
         values = weights(made)
         wrong = problems(made, checkpoint, values)
@@ -113,7 +113,7 @@ def main(job: dict[str, Any]) -> None:
         worker.tell(made=name)
 
 
-def _make(student: Student, name: str, pieces: torch.Tensor | None, checkpoint: Path, scratch: Path) -> Path:
+def make(student: Student, name: str, pieces: torch.Tensor | None, checkpoint: Path, scratch: Path) -> Path:
     """Quantise, and put the checkpoint's own files in the place of AutoRound's; returns the variant's folder."""
     variant = student.variants[name]
     made, out = quantise(variant, checkpoint, pieces, scratch / "raw"), scratch / "made"
