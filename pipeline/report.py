@@ -130,6 +130,7 @@ def show_evaluation(artifact: Artifact, out: Console, as_json: bool) -> None:
 
 def _show_scores(scores: dict[str, Any], out: Console) -> None:
     _show_tables(scores["benchmarks"], out)
+    _show_variants(scores.get("variants", {}), out)
     out.print()
     found = scores["reproduction"]
     if not found["applies"]:
@@ -168,6 +169,26 @@ def _show_tables(benchmarks: dict[str, Any], out: Console) -> None:
             out.print(
                 f"published for {figure['model']}: {_percent(figure['accuracy'])}, k = {figure['k']}", markup=False
             )
+
+
+def _show_variants(variants: dict[str, Any], out: Console) -> None:
+    if not variants:
+        return
+    tokens = next(iter(variants.values()))["memory_tokens"]
+    columns = ("variant", "size", f"memory at {tokens:,}", "tokens/s", "recovered", "divergence", "served by")
+    table = _table(*columns, right=columns[1:-1], title="Variants beside the checkpoint")
+    for name, one in sorted(variants.items()):
+        table.add_row(
+            name,
+            _bytes(one["bytes"]),
+            _bytes(one["memory_bytes"]),
+            "–" if one["tokens_per_second"] is None else f"{one['tokens_per_second']:,.0f}",
+            "–" if one["recovered"] is None else _percent(one["recovered"]),
+            "–" if one["kl"] is None else f"{one['kl']:.4f}",
+            one["runtime"] or f"– ({one['note']})",
+        )
+    out.print()
+    out.print(table)
 
 
 def differences(bench: dict[str, Any]) -> list[str]:

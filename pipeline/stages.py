@@ -163,7 +163,7 @@ def variants(run: Run, inputs: Inputs, out: Path) -> Result:
 
 @stage(
     reads=("checkpoint", "variants"),
-    version=2,
+    version=3,
     label=lambda run: run.student.name,
     decides=lambda run: run.identity_of_scores(),
 )

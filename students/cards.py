@@ -14,7 +14,6 @@ from r1distill.students.catalogue import GgufVariant, Student
 from r1distill.students.usage import commands
 
 MODEL, DATASET, AT_COMMIT = "__MODEL__", "__DATASET__", "__AT_COMMIT__"  # what is open in the text
-LONG_TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -153,42 +152,39 @@ def _shown(value: float | None, form: str) -> str:
 def _variants(story: Story) -> list[str]:
     if not story.student.variants:
         return []
-    made = story.manifests["variants"]["metrics"]
-    cache = _cache_bytes(story.student)
+    found: dict[str, dict[str, Any]] = story.scores.get("variants", {})
+    tokens = next((one["memory_tokens"] for one in found.values()), 0)
     lines = [
         "## Variants",
         "",
-        f"Memory is the files and the bf16 cache of one sequence of {LONG_TOKENS:,} tokens ({cache / 1e9:.2f} GB).",
+        f"Memory is the files and the 16-bit cache of one sequence of {tokens:,} tokens, computed. Speed is of",
+        "all answers to the benchmarks together, on the machine that was used. Recovered is the accuracy over the",
+        "checkpoint's on the same questions; divergence is the mean KL divergence of the next token from the",
+        "checkpoint's on held-out traces.",
         "",
-        "| variant | kind | size | memory | accuracy | of the checkpoint's | divergence, nats | where |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | kind | size | memory | tokens/s | accuracy | recovered | divergence, nats | where |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in story.published:
-        facts = made.get(name, {})
-        size = facts.get("bytes") or 0
+        one = found.get(name, {})
+        size, memory = (f"{one[key] / 1e9:,.3f} GB" if key in one else "" for key in ("bytes", "memory_bytes"))
         lines.append(
-            f"| {name} | {story.student.variants[name].kind} | {size / 1e9:,.3f} GB | {(size + cache) / 1e9:,.2f} GB "
-            f"| {' | '.join(_kept(story, name))} | {_shown(facts.get('kl'), '.4f')} | `variants/{name}` |"
+            f"| {name} | {story.student.variants[name].kind} | {size} | {memory} "
+            f"| {_shown(one.get('tokens_per_second'), ',.0f')} | {_accuracy(story, name)} "
+            f"| {_shown(one.get('recovered'), '.1%')} | {_shown(one.get('kl'), '.4f')} | `variants/{name}` |"
         )
     lines += [
-        f"| {name} | {story.student.variants[name].kind} | | | | | | withheld: {why} |"
+        f"| {name} | {story.student.variants[name].kind} | | | | | | | withheld: {why} |"
         for name, why in story.withheld.items()
     ]
-    return [*lines, ""]
+    notes = [f"{name}: {found[name]['note']}." for name in story.published if found.get(name, {}).get("note")]
+    return [*lines, "", *(line for note in notes for line in (note, ""))]
 
 
-def _kept(story: Story, name: str) -> tuple[str, str]:
-    """A variant's accuracy on each benchmark, and what its gate says of it beside the checkpoint's."""
+def _accuracy(story: Story, name: str) -> str:
+    """A variant's accuracy on each benchmark."""
     rows = [bench["models"].get(name) for bench in story.scores["benchmarks"].values()]
-    accuracy = ", ".join(f"{row['accuracy']:.1%}" for row in rows if row)
-    gates = [gate for gate in story.scores["gates"] if gate["model"] == name and gate["name"] == "recovered accuracy"]
-    return accuracy, gates[0]["message"].removeprefix("recovered accuracy: ") if gates else ""
-
-
-def _cache_bytes(student: Student) -> int:
-    """Keys and values of every layer in bf16."""
-    shape = student.architecture
-    return 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * 2 * LONG_TOKENS
+    return ", ".join(f"{row['accuracy']:.1%}" for row in rows if row)
 
 
 def _running(story: Story) -> list[str]:

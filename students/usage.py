@@ -83,4 +83,4 @@ def commands(student: Student, repository: str, name: str | None = None) -> list
             f"ollama create {student.name}-{name} -f variants/{name}/Modelfile && ollama run {student.name}-{name}",
             f"llama-server -m variants/{name}/*.gguf --jinja -c {student.packs.context_tokens}",
         ]
-    return [fetch, f"vllm serve variants/{name} {flags}"]
+    return [fetch, f"vllm serve ./variants/{name} {flags}"]

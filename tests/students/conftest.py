@@ -284,7 +284,10 @@ def write_gates(folders: dict[str, Path], student: Student, failed: str | None =
         {"name": "recovered accuracy", "model": name, "passed": name != failed, "message": "recovered accuracy: 50.0%"}
         for name in ("checkpoint", "reproduction", *student.variants)
     ]
+    of_variant = {"memory_tokens": 512, "memory_bytes": 2_000_000, "tokens_per_second": 40.0, "recovered": 0.987}
+    of_variant |= {"kind": "int8", "bytes": 1_000_000, "kl": 0.01, "note": ""}
     scores = {
+        "variants": dict.fromkeys(student.variants, of_variant),
         "benchmarks": {
             "sums": {"title": "Sums", "settings": {"repo": "org/sums", "revision": "2" * 40}, "models": models}
         },

@@ -47,7 +47,16 @@ def test_the_hubs_own_parser_reads_the_models_card(publication):
     assert card.data.model_name == "Tiny-R1"
     stages = re.findall(r"^- (\w+): `[0-9a-f]{64}`", card.text, re.MULTILINE)
     assert stages == ["prompts", "traces", "verdicts", "dataset", "packs", "checkpoint", "variants", "scores"]
-    for words in ("60.0% – 80.0%", "vllm serve Tiny-R1", "variants/int8", "0.0100", "## Limits", "Earlier turns"):
+    for words in (
+        "60.0% – 80.0%",
+        "vllm serve Tiny-R1",
+        "variants/int8",
+        "0.0100",
+        "0.001 GB | 0.002 GB | 40 |",
+        "98.7%",
+        "## Limits",
+        "Earlier turns",
+    ):
         assert words in card.text
     assert "__" not in card.text
 
