@@ -12,7 +12,7 @@ from typing import Any
 
 from r1distill.data.errors import R1DistillError
 from r1distill.data.verify.check import Finding
-from r1distill.data.verify.findings import Findings, content_key, finding_key
+from r1distill.data.verify.findings import Findings, content_key, finding_key, rule_key
 from r1distill.teacher.serve import Endpoint
 
 
@@ -88,4 +88,4 @@ class Renderings:
         self._found[revision] = found
 
     def _key(self, revision: str) -> bytes:
-        return finding_key(content_key(self._probes), "rendering", revision)
+        return finding_key(content_key(json.dumps(self._probes, sort_keys=True), revision), rule_key("rendering", 1))

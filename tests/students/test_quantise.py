@@ -12,7 +12,7 @@ import pytest
 
 from r1distill.data.errors import R1DistillError
 from r1distill.pipeline import gates
-from r1distill.pipeline.rendering import differences
+from r1distill.pipeline.rendering import Renderings
 from r1distill.students import quantise
 from r1distill.students.catalogue import Student, VariantGate
 from r1distill.students.dequantise import weights
@@ -201,9 +201,12 @@ def test_a_runtime_with_another_template_is_caught(made, checkpoint, tmp_path) -
     system = "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
     for template, right in ((None, True), (system + TEMPLATES["chatml"].chat_template(), False)):
         spec = LlamaSpec(gguf, "tiny", context_tokens=256, slots=1, chat_template=template)
+        renderings = Renderings(tmp_path, probes)
         with serving(spec, tmp_path) as endpoint:
-            found = differences(endpoint.base_url, "llama.cpp", "tiny", probes)
-        assert (found == []) is right, found
+            renderings.look(endpoint, "llama.cpp", f"tiny {right}")
+        found = Renderings(tmp_path, probes).of(f"tiny {right}")  # by another run, without serving again
+        assert found is not None and (found == []) is right, found
+    assert Renderings(tmp_path, probes).of("never served") is None
 
 
 def test_calibration_reads_the_middle_and_the_end_of_long_traces(made, checkpoint, sums_dataset) -> None:
