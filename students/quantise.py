@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from r1distill.students.divergence import Reference
 
 PROBES = "prompts.json"
-
 TOKENS_AT_ONCE = 16_384  # of calibration: eight pieces of 2,048 tokens, or fewer that are longer
 
 # How llama.cpp calls the ways to cut text into words before its bytes are merged, by the pattern that does it.
@@ -49,7 +48,7 @@ def build(student: Student, checkpoint: Path, dataset: Path, out: Path) -> Resul
     """Write every variant of ``checkpoint`` to ``out/<name>``; what a cut-off run finished is kept."""
     work = out / ".work"
     missing = [name for name in student.variants if not (_facts(work, name).is_file() and (out / name).is_dir())]
-    if missing:
+    if missing or not (out / PROBES).is_file():
         for name in missing:
             shutil.rmtree(work / name, ignore_errors=True)
             shutil.rmtree(out / name, ignore_errors=True)
@@ -109,7 +108,9 @@ def main(job: dict[str, Any]) -> None:
             "kl": kl,
             "kl_tokens": references[tokens].tokens if tokens in references else 0,
         }
-        _facts(out / ".work", name).write_text(json.dumps(facts))
+        told = out / ".work" / name / "facts.json"
+        told.write_text(json.dumps(facts))
+        told.rename(_facts(out / ".work", name))  # whole or not there
         worker.tell(made=name)
 
 
