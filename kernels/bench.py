@@ -158,8 +158,6 @@ def part(name: str, device: str) -> int:
             call = make(one)
             found = call().item()
             done = timing.measure(call, device, seconds=seconds)
-            if done["peak_bytes"] is not None:
-                done["peak_bytes"] -= one.gradient_bytes
             tell(**shape, computes=what, loss=found, expected=true, **done)
         except torch.cuda.OutOfMemoryError:
             tell(**shape, error="out of memory")

@@ -15,7 +15,8 @@ def measure(
 ) -> dict[str, Any]:
     """{median, runs: [seconds], peak_bytes} after two runs of warm-up; ``least`` to ``most`` runs in about ``seconds``.
 
-    peak_bytes is what PyTorch's allocator held at most during a call beyond what it held before; None on the CPU.
+    peak_bytes is what PyTorch's allocator held at most during a call beyond what it held after the one before: inputs,
+    and the gradients that such a call leaves behind, are not in it. None on the CPU.
     """
     call()
     peak = None

@@ -37,10 +37,6 @@ class Inputs:
     ids: Tensor  # (T, K)
     logprobs: Tensor  # (T, K)
 
-    @property
-    def gradient_bytes(self) -> int:
-        return sum(one.numel() * one.element_size() for one in (self.hidden, self.weight))
-
 
 def inputs(tokens: int, width: int, vocab: int, k: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Inputs:
     """Random ones; ids of a row differ by at least one, labels are all counted."""
