@@ -28,6 +28,7 @@ BENCH ?=
 
 REQUEST = --student '$(STUDENT)' $(if $(TEACHER),--teacher '$(TEACHER)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
 	$(if $(HARDWARE),--hardware '$(HARDWARE)') $(CHANGES)
+TOKENIZERS = $(foreach folder,$(TOKENIZER),--tokenizer '$(folder)')
 CHANGES = $(foreach change,$(SET),--set '$(change)')
 
 # The environment. Its stamps carry the checksums of what they were made from and are written last: a half-installed
@@ -44,7 +45,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3.12 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
 
-.PHONY: help setup distill plan preflight status report inspect publish embedded-teacher test soak bench bench-gpu lint clean
+.PHONY: help setup distill plan preflight rehearse rehearse-all status report inspect publish embedded-teacher test soak bench bench-gpu lint clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -82,6 +83,12 @@ plan: setup
 
 preflight: setup
 	@$(BIN)/r1distill preflight --student '$(STUDENT)' $(CHANGES) $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)')
+
+rehearse: setup
+	@$(BIN)/r1distill rehearse --student '$(STUDENT)' $(CHANGES) $(if $(LORA),--lora) $(TOKENIZERS)
+
+rehearse-all: setup
+	@$(BIN)/r1distill rehearse --all $(CHANGES) $(TOKENIZERS)
 
 status: setup
 	@$(BIN)/r1distill status

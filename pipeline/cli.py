@@ -167,6 +167,37 @@ def preflight(
 
 
 @app.command()
+def rehearse(
+    student: StudentName = DEFAULT_STUDENT,
+    lora: Annotated[bool, typer.Option("--lora", help="Train an adapter, whatever the student's file says.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every R1 student, full and LoRA.")] = False,
+    tokenizer: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder with the base's tokenizer, instead of the Hub's; of several, the one that fits."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave what was made on the disk.")] = False,
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """A student's own configuration, shrunk and with random weights, through every stage on this machine's CPU."""
+    from r1distill.pipeline import rehearsal, report
+    from r1distill.pipeline.run import home_folder
+
+    cases = [(student, lora)]
+    if everything:
+        cases = [(name, lora) for name in rehearsal.r1_students() for lora in (False, True)]
+    results = {}
+    for name, lora in cases:
+        one = rehearsal.Rehearsal(name, home_folder() / "rehearsal", lora, tokenizer or [], changes or [], until)
+        results[one.name] = steps = list(report.show_rehearsal(one, out, as_json))
+        if all(step.passed for step in steps) and not keep:
+            one.clear()
+    report.show_rehearsals(results, out, as_json)
+    raise typer.Exit(0 if all(step.passed for steps in results.values() for step in steps) else 1)
+
+
+@app.command()
 def status(as_json: Json = False) -> None:
     """Every artifact under $R1DISTILL_HOME: what is sealed, what is half-built."""
     from r1distill.pipeline import report, runner

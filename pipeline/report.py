@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from r1distill.pipeline.runner import Done, Step
 
 if TYPE_CHECKING:
     from r1distill.pipeline.pilot import Pilot
+    from r1distill.pipeline.rehearsal import Rehearsal, Rehearsed
     from r1distill.students.catalogue import Publication
     from r1distill.students.inventory import Entry
     from r1distill.students.preflight import Finding
@@ -337,6 +338,31 @@ def show_preflight(student: str, what: str, findings: list[Finding], out: Consol
         if not finding.passed:
             out.print(f"{'':20}→ {finding.remedy}", markup=False)
     out.print(f"{failed} of {len(findings)} findings need mending." if failed else "Nothing to mend.", markup=False)
+
+
+def show_rehearsal(rehearsal: Rehearsal, out: Console, as_json: bool) -> Iterator[Rehearsed]:
+    """Each step of a rehearsal, told as it ends."""
+    if not as_json:
+        out.print(f"rehearsing {rehearsal.name}: {rehearsal.shrunk}.", markup=False)
+    for step in rehearsal.steps():
+        if not as_json:
+            mark = "[green]✓[/green]" if step.passed else "[red]✗[/red]"
+            out.print(f"{mark} {step.name:<18}{step.seconds:>6.1f} s  ", end="")
+            out.print(step.note, markup=False)
+        yield step
+
+
+def show_rehearsals(results: dict[str, list[Rehearsed]], out: Console, as_json: bool) -> None:
+    """What became of each rehearsal."""
+    if as_json:
+        print(json.dumps({name: [asdict(step) for step in steps] for name, steps in results.items()}))
+        return
+    table = _table("rehearsal", "seconds", "outcome", right=("seconds",))
+    for name, steps in results.items():
+        broke = next((step.name for step in steps if not step.passed), None)
+        seconds = f"{sum(step.seconds for step in steps):.0f}"
+        table.add_row(name, seconds, f"[red]broke in {broke}[/red]" if broke else "[green]passed[/green]")
+    out.print(table)
 
 
 def show_plan(plan: Plan, files: list[Path], out: Console, as_json: bool) -> None:

@@ -1,0 +1,393 @@
+"""A rehearsal: a student's own configuration through every stage on this machine, before GPUs are rented.
+
+The architecture is shrunk and its weights are random; vocabulary, template, rotary frequencies, tying, recipe and
+variants are the student's. Configuration files, a base and a few traces are written into a folder, and the real command
+runs on them: what would break for reasons other than size breaks here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from r1distill.data import models
+from r1distill.data.config import load, names, parse_overrides
+from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.pipeline import runner
+from r1distill.pipeline.run import SECTIONS, Run
+from r1distill.students import preflight
+from r1distill.students.catalogue import Student
+from r1distill.students.subject import CONFIG, SETTINGS, has_vocabulary, unpacked
+from r1distill.students.trainer import GOOD
+
+# Two layers whose rows llama.cpp's K-quants (blocks of 256), groups of 128 and vLLM's attention can take.
+SHAPE = {"layers": 2, "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2}
+CONTEXT_TOKENS = 512
+TRACES = 24
+QUESTIONS = 2  # asked of every model that is served
+ANSWER_TOKENS = 12
+LORA = {"kind": "lora", "rank": 8, "alpha": 16}
+TIED_BASES = ("Qwen/Qwen2.5-Math-1.5B",)  # where the base's own config.json is not at hand
+KILL_SECONDS = 300  # for the first checkpoint to be there
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """One step of a rehearsal: what it did, or what broke."""
+
+    name: str
+    seconds: float
+    passed: bool
+    note: str
+
+
+def r1_students() -> list[str]:
+    """The students that `make rehearse-all` takes."""
+    return [name for name in names("students") if load("students", name, Student).template == "r1"]
+
+
+class Rehearsal:
+    """A student's rehearsal in a folder ``under``, which is emptied first.
+
+    Raises RequestError where the base's tokenizer is not to be had.
+    """
+
+    def __init__(
+        self,
+        student: str,
+        under: Path,
+        lora: bool = False,
+        tokenizers: Sequence[Path] = (),
+        changes: Sequence[str] = (),
+        until: str | None = None,
+    ) -> None:
+        self.stages = runner.stage_names(until)
+        overrides = parse_overrides(changes, SECTIONS)["student"]
+        if lora:
+            overrides |= {"sft.method": LORA}
+        self.student = load("students", student, Student, overrides)
+        self.name = self.student.name + ("-lora" if lora else "")
+        self.folder = under / self.name
+        self.home = self.folder / "runs"
+        self.source = _source(self.student, tokenizers, under)
+        self._paths: dict[str, Path] = {}
+
+    @property
+    def shrunk(self) -> str:
+        """What is not as in the real run, in words."""
+        real, sft, packs = self.student.architecture, self.student.sft, self.student.packs
+        return (
+            f"{real.layers} layers of {real.hidden} are {SHAPE['layers']} of {SHAPE['hidden']} with random weights; "
+            f"packs of {packs.context_tokens:,} tokens {CONTEXT_TOKENS}; batches of {sft.batch_traces} traces "
+            f"{self._settings()['sft']['batch_traces']}; the training's processes two on this machine, "
+            f"{self._strategy()}; the traces {TRACES} written ones; the benchmarks {QUESTIONS} questions, answered in "
+            f"{ANSWER_TOKENS} tokens; AutoRound's steps 2"
+        )
+
+    def steps(self) -> Iterator[Rehearsed]:
+        """Take every step in turn; the first one that breaks is the last."""
+        for name, action in self._plan():
+            began = time.monotonic()
+            try:
+                note, passed = action(), True
+            except R1DistillError as error:
+                note, passed = str(error), False
+            except Exception as error:  # whatever breaks is what a rehearsal is for
+                note, passed = f"{type(error).__name__}: {error}", False
+            yield Rehearsed(name, time.monotonic() - began, passed, note)
+            if not passed:
+                return
+
+    def _plan(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        yield "preflight", self._preflight
+        yield "set up", self._set_up
+        for name in self.stages:
+            if name == "checkpoint":
+                yield "training, killed", self._train_and_kill
+                yield "training, resumed", lambda: self._stage("checkpoint")
+                yield "files", self._look_at_checkpoint
+            else:
+                yield name, lambda name=name: self._stage(name)  # type: ignore[misc]
+
+    def clear(self) -> None:
+        """Take what was made off the disk."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # The steps. Each returns what it did.
+
+    def _preflight(self) -> str:
+        findings = preflight.check(self.student, self.source)
+        if failed := [str(finding) for finding in findings if not finding.passed]:
+            raise RequestError("\n".join(failed))
+        return f"{len(findings)} checks passed"
+
+    def _set_up(self) -> str:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.folder / "base").mkdir(parents=True)
+        parameters = self._write_base(self.folder / "base")
+        self._write_traces()
+        settings = self._settings()
+        settings["architecture"]["parameters"] = parameters
+        for name, values in (("teacher", self._teacher()), ("prompts", self._prompts()), ("few", self._benchmark())):
+            self._file(name).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        self._file("student").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        self._run()  # its settings hold together
+        return f"a base of {parameters / 1e6:.0f} M parameters, {TRACES} traces"
+
+    def _stage(self, name: str) -> str:
+        """Build one stage; those before it are sealed."""
+        run = self._run()
+        for done in runner.execute(run, runner.chain(run, name)):
+            last = done
+        manifest = last.artifact.manifest
+        self._paths[name] = last.artifact.path
+        if not manifest["kept"] and name != "scores":  # random weights answer nothing right
+            raise R1DistillError(f"{name} kept none of {manifest['read']} {manifest['unit']}: {manifest['rejected']}")
+        notes = [f"{manifest['kept']} of {manifest['read']} {manifest['unit']}"]
+        if name == "variants":
+            notes += [
+                f"{key} {value['seconds']:.0f} s" for key, value in manifest["metrics"].items() if "seconds" in value
+            ]
+        if name == "checkpoint":
+            notes = [self._resumed(manifest["metrics"])]
+        if name == "scores":
+            notes = [f"{len(run.student.variants) + 2} models answered {manifest['read']} questions"]
+        return ", ".join(notes)
+
+    def _train_and_kill(self) -> str:
+        """Start the real command, and kill it alone as soon as a checkpoint is whole."""
+        names = ("student", "teacher", "prompts")
+        arguments = [word for name in names for word in (f"--{name}", str(self._file(name)))]
+        command = [sys.executable, "-m", "r1distill.pipeline.cli", "distill", *arguments, "--until", "checkpoint"]
+        log = self.folder / "killed.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "R1DISTILL_HOME": str(self.home)},
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + KILL_SECONDS
+        try:
+            while not (good := self._good_checkpoints()):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+                    raise R1DistillError(f"the training wrote no checkpoint. {log} ends:\n{tail}")
+                time.sleep(0.02)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        self._wait_for_workers()
+        self._killed_at = max(int(path.name.rpartition("-")[2]) for path in good)
+        return f"killed after the checkpoint of step {self._killed_at}; nothing of it was left running"
+
+    def _resumed(self, metrics: dict[str, Any]) -> str:
+        history = json.loads((self._paths["checkpoint"] / "loss.json").read_text())
+        steps = [row["step"] for row in history if "loss" in row]
+        if steps != list(range(1, metrics["steps"] + 1)):
+            raise R1DistillError(f"the resumed training logged the steps {steps}, not every one of {metrics['steps']}")
+        losses = f"loss {metrics['first_loss']:.2f} to {metrics['last_loss']:.2f}"
+        return f"steps {self._killed_at + 1} to {metrics['steps']}, {losses}"
+
+    def _look_at_checkpoint(self) -> str:
+        """The preflight's checks on what was really written; for LoRA also the adapter beside the merged weights."""
+        folder = self._paths["checkpoint"]
+        findings = preflight.check_folder(self._run().student, folder)
+        if failed := [str(finding) for finding in findings if not finding.passed]:
+            raise R1DistillError("\n".join(failed))
+        merged = (folder / "adapter").is_dir()
+        if merged != (self.student.sft.method.kind != "full"):
+            raise R1DistillError(
+                f"{folder} {'has an' if merged else 'has no'} adapter; its method is {self.student.sft.method.kind}"
+            )
+        return f"{len(findings)} checks passed on the written files" + (", adapter merged" if merged else "")
+
+    # What the steps need.
+
+    def _run(self) -> Run:
+        """The request that the written files make, with artifacts in the rehearsal's own home."""
+        student, teacher, prompts = (str(self._file(name)) for name in ("student", "teacher", "prompts"))
+        return replace(Run.load(student, teacher, prompts), home=self.home)
+
+    def _file(self, name: str) -> Path:
+        """A configuration file; the student's has its name, by which artifacts and served models go."""
+        return self.folder / f"{self.student.name if name == 'student' else name}.yaml"
+
+    def _settings(self) -> dict[str, Any]:
+        """The student's own settings, shrunk."""
+        whole = self.student.model_dump(mode="json", exclude={"name"}, exclude_none=True)
+        sft, launch = whole["sft"], whole["sft"]["launch"]
+        launch |= {"strategy": self._strategy(), "nodes": 1, "processes_per_node": 2}
+        launch.pop("attention", None)
+        sft |= {"batch_traces": min(sft["batch_traces"], 6), "save_steps": 2, "tracking": None}
+        for variant in whole["variants"].values():
+            few = {"tuning_steps": 2, "calibration_traces": 8, "calibration_tokens": 128, "calibration_pieces": 4}
+            few["kl_tokens"] = 256
+            variant |= {key: min(value, variant[key]) for key, value in few.items() if key in variant}
+            variant["gate"] = {"min_recovered": 0, "max_truncation_rise": 1, "max_loop_rise": 1, "max_kl": None}
+        return {
+            **whole,
+            "base": {"kind": "folder", "path": str(self.folder / "base")},
+            "architecture": {**whole["architecture"], **SHAPE, "parameters": 1},
+            "packs": {**whole["packs"], "context_tokens": CONTEXT_TOKENS},
+            "gate": {},
+            "twin": None,
+            "benchmarks": [str(self._file("few"))],
+            "teacher": str(self._file("teacher")),
+            "score_teacher": False,
+            "variant_questions": None,
+            "serve_options": {**whole["serve_options"], "max-num-seqs": 4},
+        }
+
+    def _strategy(self) -> str:
+        """DeepSpeed's ZeRO-3 where the real training uses it and it is installed; FSDP wants GPUs."""
+        zero3 = self.student.sft.launch.strategy == "zero3" or (self.student.sft.launch.sequence_parallel or 1) > 1
+        return "zero3" if zero3 and importlib.util.find_spec("deepspeed") else "ddp"
+
+    def _teacher(self) -> dict[str, Any]:
+        columns = {
+            "question": "question",
+            "prompt": "prompt",
+            "completion": "completion",
+            "finish_reason": "finish_reason",
+        }
+        source = {"kind": "file", "path": str(self.folder / "traces.jsonl"), "columns": columns, "license": "mit"}
+        return {"kind": "recorded", "prompts": str(self._file("prompts")), "source": source, "model": "written"}
+
+    def _prompts(self) -> dict[str, Any]:
+        columns = {"question": "question", "reference_answer": "answer"}
+        source = {"kind": "file", "path": str(self.folder / "traces.jsonl"), "columns": columns, "license": "mit"}
+        return {
+            "sources": [source],
+            "instruction": INSTRUCTION,
+            "decontaminate": {"against": [str(self._file("few"))], "ngram": None},
+            "dataset": {"validation_share": 0.2},
+        }
+
+    def _benchmark(self) -> dict[str, Any]:
+        columns = {"question": "question", "reference_answer": "answer"}
+        source = {"kind": "file", "path": str(self.folder / "questions.jsonl"), "columns": columns, "license": "mit"}
+        return {
+            "title": "A few sums",
+            "source": source,
+            "instruction": INSTRUCTION,
+            "k": 1,
+            "max_tokens": ANSWER_TOKENS,
+        }
+
+    def _write_traces(self) -> None:
+        """Sums with R1's kind of thinking: one answer is wrong, and one was cut off."""
+        rows = [written(number) for number in range(TRACES + QUESTIONS)]
+        rows[1]["completion"] = rows[1]["completion"].replace(rows[1]["answer"], "1")
+        rows[2] |= {"completion": rows[2]["completion"][:60], "finish_reason": "length"}
+        for name, part in (("traces", rows[:TRACES]), ("questions", rows[TRACES:])):
+            text = "".join(json.dumps(row) + "\n" for row in part)
+            (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+    def _write_base(self, out: Path) -> int:
+        """Random weights with the base's tokenizer and its own settings, shrunk; returns the number of parameters."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        shape = Student.model_validate({**self._settings(), "name": self.student.name}).architecture
+        with unpacked(self.source) as files:
+            for file in files.iterdir():
+                if file.suffix in (".json", ".jinja") and "safetensors" not in file.name:
+                    shutil.copyfile(file, out / file.name)
+        wanted = shape.to_config().to_dict()
+        known = (out / CONFIG).is_file()
+        config = AutoConfig.from_pretrained(out) if known else shape.to_config()
+        for key in (
+            "num_hidden_layers",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+        ):
+            setattr(config, key, wanted[key])
+        if getattr(config, "head_dim", None):
+            config.head_dim = shape.hidden // shape.heads
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: shape.layers]
+        if not known:
+            config.tie_word_embeddings = models.title(self.student.base) in TIED_BASES
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
+        if not (out / SETTINGS).is_file():
+            (out / SETTINGS).write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        with torch.device("meta"):
+            return int(AutoModelForCausalLM.from_config(shape.to_config()).num_parameters())
+
+    def _good_checkpoints(self) -> list[Path]:
+        pattern = f".*.partial/.work/checkpoints/checkpoint-*/{GOOD}"
+        return [file.parent for file in (self.home / "checkpoint").glob(pattern)]
+
+    def _wait_for_workers(self) -> None:
+        """Until no process is left that works in the rehearsal's home: a killed run has to take its workers along."""
+        deadline = time.monotonic() + 30
+        while left := [pid for pid in _processes(str(self.home)) if pid != os.getpid()]:
+            if time.monotonic() > deadline:
+                raise R1DistillError(f"30 s after the run was killed its processes {left} still ran")
+            time.sleep(0.1)
+
+
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def written(number: int) -> dict[str, str]:
+    """A question with an R1-like completion, which has no opening tag, and its answer."""
+    boxes, pens, gone = 3 + number, 4 + number * 7 % 11, 2 + number % 5
+    total, answer = boxes * pens, boxes * pens - gone
+    question = f"A shop has {boxes} boxes with {pens} pens each and sells {gone} of the pens. How many pens are left?"
+    thinking = (
+        f"Okay, so there are {boxes} boxes, and each of them has {pens} pens.\n\nThat makes {boxes} * {pens} = {total} "
+        f"pens in all. Then {gone} of them are sold, so {total} - {gone} = {answer}.\n\nWait, let me check that again: "
+        f"{answer} + {gone} = {total}. Yes, this is right."
+    )
+    response = f"The shop starts with ${boxes} \\times {pens} = {total}$ pens.\n\nLeft are \\boxed{{{answer}}} pens."
+    return {
+        "question": question,
+        "prompt": f"{question}\n\n{INSTRUCTION}",
+        "completion": f"{thinking}\n</think>\n\n{response}",
+        "finish_reason": "stop",
+        "answer": str(answer),
+    }
+
+
+def _source(student: Student, tokenizers: Sequence[Path], home: Path) -> Path:
+    """The folder of the base's tokenizer: the one of ``tokenizers`` that has its vocabulary, else the Hub's."""
+    if not tokenizers:
+        return preflight.fetch(student, home)
+    for folder in tokenizers:
+        if has_vocabulary(student, folder):
+            return folder
+    listed = ", ".join(map(str, tokenizers))
+    raise RequestError(
+        f"{listed} holds no vocabulary of {models.title(student.base)}. Pass the folder of its tokenizer.json: "
+        "--tokenizer DIR"
+    )
+
+
+def _processes(mark: str) -> list[int]:
+    """Processes that have ``mark`` in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
