@@ -82,6 +82,7 @@ class Rehearsal:
         self.name = self.student.name + ("-lora" if lora else "")
         self.folder = under / self.name
         self.home = self.folder / "runs"
+        self.base = self.folder / models.title(self.student.base).split("/")[-1]  # as the cards call it
         self.source = _source(self.student, tokenizers, under)
         self._paths: dict[str, Path] = {}
 
@@ -136,8 +137,8 @@ class Rehearsal:
 
     def _set_up(self) -> str:
         shutil.rmtree(self.folder, ignore_errors=True)
-        (self.folder / "base").mkdir(parents=True)
-        parameters = self._write_base(self.folder / "base")
+        self.base.mkdir(parents=True)
+        parameters = self._write_base(self.base)
         self._write_traces()
         settings = self._settings()
         settings["architecture"]["parameters"] = parameters
@@ -242,7 +243,7 @@ class Rehearsal:
             variant["gate"] = {"min_recovered": 0, "max_truncation_rise": 1, "max_loop_rise": 1, "max_kl": None}
         return {
             **whole,
-            "base": {"kind": "folder", "path": str(self.folder / "base")},
+            "base": {"kind": "folder", "path": str(self.base)},
             "architecture": {**whole["architecture"], **SHAPE, "parameters": 1},
             "packs": {**whole["packs"], "context_tokens": CONTEXT_TOKENS},
             "gate": {},
@@ -326,6 +327,9 @@ class Rehearsal:
             config.layer_types = config.layer_types[: shape.layers]
         if not known:
             config.tie_word_embeddings = models.title(self.student.base) in TIED_BASES
+        if (licence := self.student.publication.base_license).startswith("llama"):  # it has to go along
+            text = f"A rehearsal's stand-in for the LLAMA {licence.removeprefix('llama')} COMMUNITY LICENSE\n"
+            (out / "LICENSE").write_text(text)
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
         if not (out / SETTINGS).is_file():
