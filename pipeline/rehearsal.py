@@ -31,7 +31,6 @@ from r1distill.pipeline.run import SECTIONS, Run
 from r1distill.students import preflight
 from r1distill.students.catalogue import Student
 from r1distill.students.subject import CONFIG, SETTINGS, has_vocabulary, unpacked
-from r1distill.students.trainer import GOOD
 
 # Two layers whose rows llama.cpp's K-quants (blocks of 256), groups of 128 and vLLM's attention can take.
 SHAPE = {"layers": 2, "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2}
@@ -338,8 +337,8 @@ class Rehearsal:
             return int(AutoModelForCausalLM.from_config(shape.to_config()).num_parameters())
 
     def _good_checkpoints(self) -> list[Path]:
-        pattern = f".*.partial/.work/checkpoints/checkpoint-*/{GOOD}"
-        return [file.parent for file in (self.home / "checkpoint").glob(pattern)]
+        whole = self.home.glob("checkpoint/.*.partial/.work/checkpoints/checkpoint-*/GOOD")  # the trainer's mark
+        return [file.parent for file in whole]
 
     def _wait_for_workers(self) -> None:
         """Until no process is left that works in the rehearsal's home: a killed run has to take its workers along."""
