@@ -44,7 +44,11 @@ def test_it_is_trained_by_two_processes_killed_and_resumed(name: str, lora: bool
 @pytest.mark.parametrize("name", r1_students())
 def test_every_student_passes(name: str, lora: bool, tmp_path: Path) -> None:
     rehearsal = Rehearsal(name, tmp_path, lora, BOTH)
-    passed(rehearsal)
+    assert list(passed(rehearsal))[-3:] == ["variants", "scores", "publication"]
+    (model,) = rehearsal.home.glob("publication/*/model")
+    files = {str(file.relative_to(model)) for file in model.rglob("*") if file.is_file()}
+    assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= files
+    assert {file.split("/")[1] for file in files if file.startswith("variants/")} == set(rehearsal.student.variants)
     rehearsal.clear()
     assert not list(tmp_path.iterdir())
 
