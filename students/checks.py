@@ -300,10 +300,10 @@ def _rope(subject: Subject) -> Iterator[Problem]:
         reach = scaling.factor * scaling.original_max_position_embeddings
         yield Problem(STUDENT, f"rope_scaling reaches {reach:g} tokens, packs have {context}", "Raise its factor.")
     if config := subject.settings(CONFIG):
-        found, wanted = _frequencies(config), _frequencies(shape.to_config().to_dict())
-        for key in sorted(wanted.keys() | found.keys()):
-            if found.get(key) != wanted.get(key):
-                yield Problem(CONFIG, f"{key} is {found.get(key)}", f"The student's file says {wanted.get(key)}.")
+        its, ours = _frequencies(config), _frequencies(shape.to_config().to_dict())
+        for key in sorted(ours.keys() | its.keys()):
+            if its.get(key) != ours.get(key):
+                yield Problem(CONFIG, f"{key} is {its.get(key)}", f"The student's file says {ours.get(key)}.")
 
 
 @check_named("tied")
