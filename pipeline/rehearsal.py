@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from r1distill.pipeline.run import SECTIONS, Run
 from r1distill.students import preflight
 from r1distill.students.catalogue import Student
 from r1distill.students.subject import CONFIG, SETTINGS, has_vocabulary, unpacked
+from r1distill.teacher.serve import on_cpu
 
 # Two layers whose rows llama.cpp's K-quants (blocks of 256), groups of 128 and vLLM's attention can take.
 SHAPE = {"layers": 2, "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2}
@@ -95,6 +97,7 @@ class Rehearsal:
             f"{self._settings()['sft']['batch_traces']}; the training's processes two on this machine, "
             f"{self._strategy()}; the traces {TRACES} written ones; the benchmarks {QUESTIONS} questions, answered in "
             f"{ANSWER_TOKENS} tokens; AutoRound's steps 2"
+            + ("; FP8 variants are made and checked, and not served" if self.unserved() else "")
         )
 
     def steps(self) -> Iterator[Rehearsed]:
@@ -117,10 +120,13 @@ class Rehearsal:
         for name in self.stages:
             if name == "checkpoint":
                 yield "training, killed", self._train_and_kill
-                yield "training, resumed", lambda: self._stage("checkpoint")
+                yield "training, resumed", partial(self._stage, name)
                 yield "files", self._look_at_checkpoint
+            elif name == "variants" and self.unserved():
+                yield "variants, FP8", partial(self._stage, name, unserved=True)
+                yield name, partial(self._stage, name)
             else:
-                yield name, lambda name=name: self._stage(name)  # type: ignore[misc]
+                yield name, partial(self._stage, name)
 
     def clear(self) -> None:
         """Take what was made off the disk."""
@@ -147,9 +153,9 @@ class Rehearsal:
         self._run()  # its settings hold together
         return f"a base of {parameters / 1e6:.0f} M parameters, {TRACES} traces"
 
-    def _stage(self, name: str) -> str:
+    def _stage(self, name: str, unserved: bool = False) -> str:
         """Build one stage; those before it are sealed."""
-        run = self._run()
+        run = self._run(unserved)
         for done in runner.execute(run, runner.chain(run, name)):
             last = done
         manifest = last.artifact.manifest
@@ -219,10 +225,18 @@ class Rehearsal:
 
     # What the steps need.
 
-    def _run(self) -> Run:
-        """The request that the written files make, with artifacts in the rehearsal's own home."""
+    def _run(self, unserved: bool = False) -> Run:
+        """The request that the written files make, with artifacts in the rehearsal's own home; with the variants that
+        can be served here, or with those that can't."""
         student, teacher, prompts = (str(self._file(name)) for name in ("student", "teacher", "prompts"))
-        return replace(Run.load(student, teacher, prompts), home=self.home)
+        run = Run.load(student, teacher, prompts)
+        apart = self.unserved()
+        chosen = {name: one for name, one in run.student.variants.items() if (name in apart) == unserved}
+        return replace(run, student=run.student.model_copy(update={"variants": chosen}), home=self.home)
+
+    def unserved(self) -> list[str]:
+        """The variants that vLLM on the CPU can't serve."""
+        return [name for name, one in self.student.variants.items() if one.kind == "fp8" and on_cpu()]
 
     def _file(self, name: str) -> Path:
         """A configuration file; the student's has its name, by which artifacts and served models go."""
