@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 
-from r1distill.data.verify.quantities import NUMBERS_IN_WORDS
+from r1distill.data.verify.quantities import NUMBERS_IN_WORDS, compound, is_unit, quantity, tidy
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _MARKER = re.compile(
     r"(?:^[\W_]*(?:(?:the|my|original)\s+)?(?:final\s+)?answer(?:\s*\([^)\n]*\))?[\s*_]*[:：][\s*_]*|^\s*#{3,4}\s+(?=[-$\d]))"
-    r"|\b(?:the\s+)?(?:final\s+)?answer\s+is\b[\s*_]*[:：]?[\s*_]*",
+    r"|\b(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\s+is\b[\s*_]*[:：]?[\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?:\*\*)?\s+(?=[A-Z*\\$(])")
@@ -31,9 +31,10 @@ _HEDGE = re.compile(
 )
 _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 _QUANTITY = re.compile(
-    rf"(?<![\w.^_{{/])(?<!\{{[-−–])[-−–]?\s?(?P<currency>\\?\$|[€£¥₹])?\s?[-−]?(?:{_NUMBER})"
+    rf"(?<![\w.^_{{/√])(?<!\{{[-−–])[-−–]?\s?(?P<currency>\\?\$|[€£¥₹])?\s?[-−]?(?:{_NUMBER})"
+    r"(?:\s?[×*]\s?10(?:\^\{?[-−]?\d+\}?|[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+))?"
     rf"(?:\s?/\s?(?:{_NUMBER})(?!\w))?(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion|dozen)\b)?"
-    r"(?![\d^_π√]|\s[π√]|[xyzn](?![a-z]))"  # 2π and 5x are more than a number
+    r"(?![\d^_π√⁻⁰¹²³⁴⁵⁶⁷⁸⁹]|\s[π√]|[xyzn](?![a-z]))"  # 2π and 5x are more than a number
 )
 _INLINE = re.compile(
     r"\\\((?P<a>[^\n]+?)\\\)|\\\[(?P<b>.+?)\\\]|\$\$(?P<c>[^$]+)\$\$|(?<![\\\w])\$(?P<d>(?:\\[^\n]|[^$\\\n])+?)\$", re.S
@@ -45,7 +46,11 @@ _NUMERIC = re.compile(rf"\d|\\|^(?:{'|'.join(NUMBERS_IN_WORDS)})$", re.I)
 # An equation in letters is the answer; of a calculation it is what stands last.
 _WORDS_IN_FORMULA = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}|\\(?!theta|alpha|beta|phi)[A-Za-z]+")
 _ONE_EQUATION = r"[^=≈,]*[A-Za-z][^=≈,]*=[^=≈,]*"
-_EQUATION = re.compile(rf"[^=≈]*[A-Za-z][^=≈]*=[^=≈]*|{_ONE_EQUATION}(?:,{_ONE_EQUATION})+")
+_EQUATION = re.compile(rf"[^=≈]*[A-Za-z][^=≈]*=[^=≈]*|{_ONE_EQUATION}(?:(?:,|and|or){_ONE_EQUATION})+")
+_IN_FORMULAS = {"and", "or", "sin", "cos", "tan", "log", "ln", "exp", "sqrt", "pi", "mod", "to"}
+_LAST_WORDS = re.compile(r"(?<=[\dπ)²³])\s*(?!and\b|or\b|to\b)[A-Za-z]{2,}(?:[ /][A-Za-z]+)*(?:[²³]|\^[23])?$")
+_EXPRESSION = re.compile(r"[<>≤≥]|(?:\b[A-Za-z]|[)²³⁴π])\s?[-−+*/^]\s?\d")  # x² − 4
+_DASH = re.compile(r"(\b[A-Za-z]{2,}) [-−–] (?=\d)")  # a number behind a dash is not below zero
 _GLUE = re.compile(r"(?:\\?(?:times|cdot|div)\b|[=≈+×÷*])")
 
 
@@ -127,12 +132,17 @@ def _stated(sentence: str, question: str) -> str | None:
         return sentence.strip(" *.")
     if colon := _COLON.fullmatch(sentence):
         return colon["pair"]
+    if whole := _whole(sentence):
+        return whole
     if (formula := _only_formula(sentence)) and _EQUATION.fullmatch(_WORDS_IN_FORMULA.sub("", formula)):
         return formula
     if "=" in sentence or "≈" in sentence:
         sentence = re.split(r"=|≈|\\approx", sentence)[-1]
     if formula := _only_formula(sentence):
         return formula
+    if _EXPRESSION.search(re.sub(r"</?[a-z]+>", "", sentence)):
+        return None
+    sentence = _DASH.sub(r"\1 ", sentence)
     numbers = {m.group().strip(): m for m in _QUANTITY.finditer(sentence)}
     if not numbers:
         if (words := sentence.strip(" .*_$()[]")).startswith("\\"):
@@ -145,6 +155,21 @@ def _stated(sentence: str, question: str) -> str | None:
     asked = {re.sub(r"[^\d.]", "", m.group()) for m in _QUANTITY.finditer(question)}
     new = [text for text in numbers if re.sub(r"[^\d.]", "", text) not in asked]
     return new[0] if len(new) == 1 else None
+
+
+def _whole(text: str) -> str | None:
+    """A short text that is nothing but a quantity with its unit, or a formula without dollars around it."""
+    text = text.strip(" *_.")
+    if len(text) > 100 or not re.search(r"[\d√π\\]", text) or _INLINE.search(text):
+        return None
+    tidied = tidy(text)
+    if (one := quantity(tidied)) or compound(tidied):
+        return text if one is None or one.unit.measures or not one.unit.name else None
+    body = _LAST_WORDS.sub("", text)
+    words = re.findall(r"[^\W\d_π⁰¹²³⁴⁵⁶⁷⁸⁹₀-₉]{2,}", re.sub(r"\\[A-Za-z]+", "", body))
+    if any(word not in _IN_FORMULAS for word in words) or (body != text and not is_unit(text[len(body) :].strip())):
+        return None  # words
+    return text if _EQUATION.fullmatch(text) or not re.search(r"[=≈]|\bor\b", text) else None
 
 
 def _only_formula(sentence: str) -> str | None:

@@ -16,7 +16,7 @@ from r1distill.data.verify.answers import final_answer
 from r1distill.data.verify.check import Finding, failed, passed, unverifiable
 from r1distill.data.verify.quantities import Quantity, compound, equal, quantity, tidy
 
-VERSION = "math 2, math-verify 0.9"
+VERSION = "math 3, math-verify 0.9"
 LONGEST_ANSWER_CHARACTERS = 1000
 
 _BASED = re.compile(r"\(?\s*(?P<digits>-?[0-9A-F]+)\s*\)?\s*_\s*\{?\s*(?P<base>\d+|[a-z]+)\s*\}?")

@@ -96,7 +96,7 @@ def tidy(text: str) -> str:
 
 def _in_latex(text: str) -> str:
     """Full-width characters, roots, powers and fractions of one character in ASCII and LaTeX."""
-    text = text.translate(_FULL_WIDTH)
+    text = text.translate(_FULL_WIDTH).replace("π", r"\pi ").replace("·", r"\cdot ")
     text = re.sub("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda vulgar: rf"\frac{{{_VULGAR[vulgar[0]]}}}", text)
     text = re.sub(r"(?<=[\w)}])[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda power: f"^{{{power[0].translate(_RAISED)}}}", text)
     index = {"√": "", "∛": "[3]"}
