@@ -97,7 +97,7 @@ class Rehearsal:
             f"{self._settings()['sft']['batch_traces']}; the training's processes two on this machine, "
             f"{self._strategy()}; the traces {TRACES} written ones; the benchmarks {QUESTIONS} questions, answered in "
             f"{ANSWER_TOKENS} tokens; AutoRound's steps 2"
-            + ("; FP8 variants are made and checked, and not served" if self.unserved() else "")
+            + ("; FP8 is made and not served, which vLLM does on GPUs alone" if on_cpu() else "")
         )
 
     def steps(self) -> Iterator[Rehearsed]:
@@ -122,9 +122,6 @@ class Rehearsal:
                 yield "training, killed", self._train_and_kill
                 yield "training, resumed", partial(self._stage, name)
                 yield "files", self._look_at_checkpoint
-            elif name == "variants" and self.unserved():
-                yield "variants, FP8", partial(self._stage, name, unserved=True)
-                yield name, partial(self._stage, name)
             else:
                 yield name, partial(self._stage, name)
 
@@ -153,25 +150,31 @@ class Rehearsal:
         self._run()  # its settings hold together
         return f"a base of {parameters / 1e6:.0f} M parameters, {TRACES} traces"
 
-    def _stage(self, name: str, unserved: bool = False) -> str:
+    def _stage(self, name: str) -> str:
         """Build one stage; those before it are sealed."""
-        run = self._run(unserved)
-        for done in runner.execute(run, runner.chain(run, name)):
-            last = done
+        run = self._run()
+        *_, last = runner.execute(run, runner.chain(run, name))
         manifest = last.artifact.manifest
         self._paths[name] = last.artifact.path
         if not manifest["kept"] and name != "scores":  # random weights answer nothing right
             raise R1DistillError(f"{name} kept none of {manifest['read']} {manifest['unit']}: {manifest['rejected']}")
-        notes = [f"{manifest['kept']} of {manifest['read']} {manifest['unit']}"]
-        if name == "variants":
-            notes += [
-                f"{key} {value['seconds']:.0f} s" for key, value in manifest["metrics"].items() if "seconds" in value
-            ]
         if name == "checkpoint":
-            notes = [self._resumed(manifest["metrics"])]
-        if name == "scores":
-            notes = [f"{len(run.student.variants) + 2} models answered {manifest['read']} questions"]
-        return ", ".join(notes)
+            return self._resumed(manifest["metrics"])
+        if name == "variants":
+            return self._sound(manifest["metrics"])
+        return self._served(manifest["metrics"]["scores"]) if name == "scores" else _counts(manifest)
+
+    def _sound(self, made: dict[str, Any]) -> str:
+        if wrong := [f"{name}: {'; '.join(facts['problems'])}" for name, facts in made.items() if facts["problems"]]:
+            raise R1DistillError("\n".join(wrong))
+        return ", ".join(f"{name} {facts['seconds']:.0f} s" for name, facts in made.items())
+
+    def _served(self, scores: dict[str, Any]) -> str:
+        """Gates ask for nothing here but that the files are sound and their runtime reads the same tokens."""
+        if wrong := [f"{gate['model']}: {gate['message']}" for gate in scores["gates"] if not gate["passed"]]:
+            raise R1DistillError("\n".join(wrong))
+        (table,) = scores["benchmarks"].values()
+        return "answered: " + ", ".join(f"{name} ({row['runtime']})" for name, row in table["models"].items())
 
     def _train_and_kill(self) -> str:
         """Start the real command, and kill it alone as soon as a checkpoint is whole."""
@@ -225,18 +228,10 @@ class Rehearsal:
 
     # What the steps need.
 
-    def _run(self, unserved: bool = False) -> Run:
-        """The request that the written files make, with artifacts in the rehearsal's own home; with the variants that
-        can be served here, or with those that can't."""
+    def _run(self) -> Run:
+        """The request that the written files make, with artifacts in the rehearsal's own home."""
         student, teacher, prompts = (str(self._file(name)) for name in ("student", "teacher", "prompts"))
-        run = Run.load(student, teacher, prompts)
-        apart = self.unserved()
-        chosen = {name: one for name, one in run.student.variants.items() if (name in apart) == unserved}
-        return replace(run, student=run.student.model_copy(update={"variants": chosen}), home=self.home)
-
-    def unserved(self) -> list[str]:
-        """The variants that vLLM on the CPU can't serve."""
-        return [name for name, one in self.student.variants.items() if one.kind == "fp8" and on_cpu()]
+        return replace(Run.load(student, teacher, prompts), home=self.home)
 
     def _file(self, name: str) -> Path:
         """A configuration file; the student's has its name, by which artifacts and served models go."""
@@ -398,6 +393,10 @@ def _source(student: Student, tokenizers: Sequence[Path], home: Path) -> Path:
         f"{listed} holds no vocabulary of {models.title(student.base)}. Pass the folder of its tokenizer.json: "
         "--tokenizer DIR"
     )
+
+
+def _counts(manifest: dict[str, Any]) -> str:
+    return f"{manifest['kept']} of {manifest['read']} {manifest['unit']}"
 
 
 def _processes(mark: str) -> list[int]:
