@@ -21,14 +21,16 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from r1distill.data import schema
+from r1distill.data.errors import R1DistillError
+from r1distill.students import bpe
 from r1distill.students.template import IGNORE, Template, Unusable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PART_ROWS = 8192
-BATCH_CHARACTERS = 2_000_000  # the tokenizer's own records take some 30 bytes a character while a batch is in work
-IN_WORK = 3  # batches: one is laid down while the next are tokenised
+BATCH_CHARACTERS = 1_000_000  # the tokenizer's own records take some 30 bytes a character while a batch is in work
+MOST_THREADS = 16  # batches in work at once
 
 _WHAT = pa.schema(
     [
@@ -147,10 +149,11 @@ def _encoded(
     The same ids as ``template.encode`` gives one by one.
     """
     waiting: deque[Future[list[tuple[Row, np.ndarray | str, int]]]] = deque()
-    with ThreadPoolExecutor(IN_WORK) as pool:
+    fast, threads = bpe.encoder(tokenizer), min(len(os.sched_getaffinity(0)), MOST_THREADS)
+    with ThreadPoolExecutor(threads) as pool:
         for batch in _batches(template, rows):
-            waiting.append(pool.submit(_encode, tokenizer, batch))
-            if len(waiting) == IN_WORK:
+            waiting.append(pool.submit(_encode, tokenizer, fast, batch))
+            if len(waiting) > threads:
                 yield from waiting.popleft().result()
             done(len(batch))
         while waiting:
@@ -174,11 +177,10 @@ def _batches(template: Template, rows: Iterator[Row]) -> Iterator[list[tuple[Row
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerFast, batch: list[tuple[Row, str, str]]
+    tokenizer: PreTrainedTokenizerFast, fast: bpe.Encode | None, batch: list[tuple[Row, str, str]]
 ) -> list[tuple[Row, np.ndarray | str, int]]:
     usable = [text for _, before, after in batch if after for text in (before, after)]
-    rust = tokenizer.backend_tokenizer
-    ids = iter([np.array(one.ids, np.int32) for one in rust.encode_batch_fast(usable, add_special_tokens=False)])
+    ids = iter(_ids(tokenizer, fast, usable))
     found: list[tuple[Row, np.ndarray | str, int]] = []
     for row, before, after in batch:
         if after:
@@ -187,3 +189,18 @@ def _encode(
         else:
             found.append((row, before, 0))
     return found
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, fast: bpe.Encode | None, texts: Sequence[str]) -> list[np.ndarray]:
+    """The ids of each text; what is fast is checked on one text of every batch."""
+    rust = tokenizer.backend_tokenizer
+    if fast is None or not texts:
+        return [np.array(one.ids, np.int32) for one in rust.encode_batch_fast(texts, add_special_tokens=False)]
+    ids = [fast(text) for text in texts]
+    sample = len(texts) // 2
+    if rust.encode(texts[sample], add_special_tokens=False).ids != ids[sample].tolist():
+        raise R1DistillError(
+            "tiktoken and the tokenizer cut the same text into different tokens, where both were thought to be one. "
+            f"Report it with the student's tokenizer.json; the text begins: {texts[sample][:200]!r}"
+        )
+    return ids
