@@ -374,7 +374,7 @@ def _candidates(student: Student, hardware: Hardware) -> list[Layout]:
         hosts = hardware.hosts if one["nodes"] > 1 else ()
         liger = not cpu if launch.liger is None else launch.liger
         try:
-            layout = layouts.build(launch, **one, hosts=hosts, liger=liger)
+            layout = layouts.build(launch, **one, hosts=hosts, liger=liger, device_tflops=hardware.gpu_bf16_tflops)
         except RequestError as error:
             contradiction = error
             continue

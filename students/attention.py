@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from r1distill.students.layout import ULYSSES_NAMES
-
 
 def register() -> None:
-    """Make ``varlen`` known to transformers, and under the name that accelerate lets Ulysses call. No mask is built."""
+    """Make ``varlen`` known to transformers; as it has no mask function, none is built for it."""
     from transformers import AttentionInterface
 
-    for name in ("varlen", *ULYSSES_NAMES.values()):
-        AttentionInterface.register(name, attend)
+    AttentionInterface.register("varlen", attend)
 
 
 def borders(position_ids: Any) -> Any:

@@ -6,10 +6,12 @@ gathered, an adapter's rows are merged, and autocast is on, as for the logits th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from r1distill.students import topk, trainer
 from r1distill.students.catalogue import Distill
+from r1distill.students.schedule import EMPTY
 from r1distill.students.template import IGNORE
 
 if TYPE_CHECKING:
@@ -38,26 +40,44 @@ def collate(packs: list[dict[str, Any]], pad: int, rows: topk.TopK) -> dict[str,
     return batch
 
 
+def with_rows(together: Callable[[list[dict[str, Any]]], dict[str, Any]], rows: topk.TopK) -> Any:
+    """The training's collator, whose batches also get the teacher's rows; a place without a pack has none."""
+
+    def collate(packs: list[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        numbers = [pack[PACK] for pack in packs if pack[PACK] != EMPTY]
+        ids, logprobs = topk.concatenated(rows, numbers or [0])
+        if not numbers:
+            ids, logprobs = ids[:0], logprobs[:0]
+        return together(packs) | {"topk_ids": torch.from_numpy(ids), "topk_logprobs": torch.from_numpy(logprobs)}
+
+    return collate
+
+
 def trainer_class(distill: Distill, vocab: int) -> Any:
-    """``trainer``'s trainer, whose loss is kl_weight · KL + ce_weight · cross-entropy where a batch has logits."""
+    """``trainer``'s trainer, whose loss is kl_weight · KL + ce_weight · cross-entropy; the validation's is plain."""
     plain = trainer.trainer_class()
 
     class Distilling(plain):  # type: ignore[misc, valid-type]
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            if "topk_ids" not in inputs:  # validation: cross-entropy, comparable with that of plain training
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            total = summed(model, self.model.get_output_embeddings(), inputs, distill, vocab)
-            if num_items_in_batch is None:
-                return total / (inputs["labels"][:, 1:] != IGNORE).sum().clamp(min=1)
-            return total / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
+            where, packs = inputs.pop("domains"), inputs.pop("packs")
+            losses = token_losses(model, self.model.get_output_embeddings(), inputs, distill, vocab)
+            self.count(losses.detach(), where[trainer.shifted(inputs["labels"]) != IGNORE], packs)
+            return losses.sum() / num_items_in_batch * self.layout.processes  # that gradients are averaged over
 
     return Distilling
 
 
 def summed(model: Any, head: Any, inputs: Any, distill: Distill, vocab: int) -> torch.Tensor:
     """The loss of a batch, summed over its labels; ``head`` is the model's output embedding."""
+    return token_losses(model, head, inputs, distill, vocab).sum()
+
+
+def token_losses(model: Any, head: Any, inputs: Any, distill: Distill, vocab: int) -> torch.Tensor:
+    """(N,) losses of a batch's labels, in order."""
     from r1distill.kernels.topk_kl import topk_kl_loss
 
     labels = inputs["labels"][:, 1:]
@@ -76,12 +96,12 @@ def summed(model: Any, head: Any, inputs: Any, distill: Distill, vocab: int) -> 
             ce_weight=distill.ce_weight,
             tail=distill.tail,
             vocab_size=min(vocab, len(weight)),
-            reduction="sum",
+            reduction="none",
         )
 
     head.forward = loss_for_logits  # before its class's own
     try:
-        loss: torch.Tensor = model(inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+        losses: torch.Tensor = model(inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
     finally:
         del head.forward
-    return loss
+    return losses

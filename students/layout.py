@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from r1distill.data.config import Settings
 from r1distill.data.errors import RequestError
-from r1distill.students.catalogue import Architecture, Attention, Launch, Sft
+from r1distill.students.catalogue import Attention, Launch, Sft, Student
 
 ACCELERATE, DEEPSPEED, SLURM = "accelerate.yaml", "deepspeed.json", "train.slurm"
 
@@ -39,6 +39,7 @@ class Layout(Settings):
     attention: Attention = "auto"
     liger: bool = False
     cpu: bool = True
+    device_tflops: float = Field(0, ge=0)  # one device's peak in bf16; 0: not known, and no MFU is told
     hosts: tuple[str, ...] = ()  # one a node, the first is where the run was started; empty: this machine alone
     port: int = Field(29500, gt=0)  # on the first host, where several machines meet
 
@@ -52,6 +53,10 @@ class Layout(Settings):
             raise ValueError("sequence_parallel needs the strategy zero3")
         if self.processes % self.sequence_parallel:
             raise ValueError(f"sequence_parallel {self.sequence_parallel} must divide {self.processes} processes")
+        if self.sequence_parallel > 1 and self.attention == "sdpa":
+            raise ValueError(
+                "sequence_parallel drops the masks that sdpa would need: attention must be varlen or flash"
+            )
         if self.sequence_parallel > 1 and self.packs_per_batch > 1:
             raise ValueError("sequence_parallel takes one pack at a time: packs_per_batch must be 1")
         if self.offload_activations and self.cpu:
@@ -70,10 +75,15 @@ class Layout(Settings):
 
     @property
     def attention_used(self) -> str:
-        """transformers' name of the attention: sdpa builds a mask of T x T; ``varlen`` reads the members' borders."""
+        """The attention: sdpa builds a mask of T x T; ``varlen`` and flash attention read the members' borders."""
         if self.attention != "auto":
             return self.attention
         return "sdpa" if self.cpu and self.sequence_parallel == 1 else "varlen"
+
+    @property
+    def flat(self) -> bool:
+        """Packs of a batch are laid end to end in one row: only sdpa keeps the members of several rows apart."""
+        return self.attention_used != "sdpa"
 
     def rounds(self, packs_per_step: int) -> int:
         """Micro-batches that each group of processes computes in a step of so many packs; the last may be empty."""
@@ -92,7 +102,9 @@ class Layout(Settings):
         return ", ".join(parts)
 
 
-def default(launch: Launch, *, nodes: int = 1, gpus_per_node: int = 0, hosts: Sequence[str] = ()) -> Layout:
+def default(
+    launch: Launch, *, nodes: int = 1, gpus_per_node: int = 0, hosts: Sequence[str] = (), device_tflops: float = 0
+) -> Layout:
     """The layout without a planner: what ``launch`` says, else one process on the CPU, one a GPU sharded by FSDP2.
 
     Raises RequestError where ``launch`` contradicts itself or the machine.
@@ -109,6 +121,7 @@ def default(launch: Launch, *, nodes: int = 1, gpus_per_node: int = 0, hosts: Se
         nodes=nodes,
         processes_per_node=per_node,
         cpu=cpu,
+        device_tflops=device_tflops,
         hosts=tuple(hosts) if nodes > 1 else (),
         liger=not cpu if launch.liger is None else launch.liger,
     )
@@ -130,14 +143,26 @@ def build(launch: Launch, **chosen: Any) -> Layout:
         ) from None
 
 
-def check_heads(layout: Layout, architecture: Architecture) -> None:
-    """Raise RequestError where Ulysses can't share the attention heads out evenly."""
-    degree, heads, kv_heads = layout.sequence_parallel, architecture.heads, architecture.kv_heads
-    if heads % degree or (kv_heads % degree and degree % kv_heads):
+def check(layout: Layout, student: Student) -> None:
+    """Raise RequestError where this student can't be trained so: heads that can't be shared out, hosts not named."""
+    shape, degree = student.architecture, layout.sequence_parallel
+    if shape.heads % degree or (shape.kv_heads % degree and degree % shape.kv_heads):
         raise RequestError(
-            f"sequence_parallel {degree} can't share {heads} heads and {kv_heads} key-value heads out evenly. "
-            "Set student.sft.launch.sequence_parallel to a divisor of the heads."
+            f"sequence_parallel {degree} can't share {shape.heads} heads and {shape.kv_heads} key-value heads out "
+            "evenly. Set student.sft.launch.sequence_parallel to a divisor of the heads."
         )
+    if layout.nodes > 1 and len(layout.hosts) != layout.nodes:
+        raise RequestError(
+            f"{layout.nodes} nodes need as many host names, found {len(layout.hosts)}. "
+            "Name them, this one first: --set 'hardware.hosts=[node1,node2]'"
+        )
+    if student.sft.method.kind == "qlora":
+        if layout.strategy == "zero3":
+            raise RequestError(
+                "qlora's 4-bit weights can't be sharded by zero3: set student.sft.launch.strategy to fsdp2."
+            )
+        if layout.cpu:
+            raise RequestError("qlora needs a GPU: bitsandbytes' 4-bit layers fail on the CPU. Take lora there.")
 
 
 def write(layout: Layout, sft: Sft, folder: Path) -> Path:
@@ -187,15 +212,9 @@ def accelerate(layout: Layout, folder: Path) -> dict[str, Any]:
             "parallelism_config_sp_size": layout.sequence_parallel,
             "parallelism_config_sp_backend": "deepspeed",
             "parallelism_config_sp_seq_length_is_variable": True,  # the last packs are shorter
-            "parallelism_config_sp_attn_implementation": ULYSSES_NAMES.get(
-                layout.attention_used, layout.attention_used
-            ),
+            # Which attention it calls is set by the trainer: accelerate's own list has no ``varlen``.
         }
     return {key: value for key, value in settings.items() if value is not None}
-
-
-# accelerate lets Ulysses call its own list of attentions, or one whose name looks like a kernel's repository.
-ULYSSES_NAMES = {"varlen": "r1distill/varlen-flash-attn"}
 
 
 def deepspeed(layout: Layout, sft: Sft) -> dict[str, Any]:
@@ -205,6 +224,7 @@ def deepspeed(layout: Layout, sft: Sft) -> dict[str, Any]:
         "zero_optimization": {
             "stage": 3,
             "contiguous_gradients": True,
+            "reduce_scatter": True,  # so gradients are averaged over all processes, under Ulysses too
             "overlap_comm": not layout.cpu,
             "reduce_bucket_size": "auto",  # by hidden size
             "stage3_prefetch_bucket_size": "auto",
@@ -257,10 +277,3 @@ def slurm(layout: Layout, command: Sequence[str], *, name: str, cores: int, hour
         f'exec {shlex.join(command)} --set "hardware.hosts=[$hosts]"',
     ]
     return "\n".join(lines) + "\n"
-
-
-def write_slurm(layout: Layout, command: Sequence[str], folder: Path, *, name: str, cores: int) -> Path:
-    """Write the batch script into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SLURM).write_text(slurm(layout, command, name=name, cores=cores))
-    return folder / SLURM

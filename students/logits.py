@@ -41,7 +41,7 @@ def build(student: Student, packs: Path, out: Path, home: Path, processes: int =
     launcher = ["accelerate.commands.launch", f"--num_processes={processes}", "--multi_gpu"] if processes > 1 else []
     table = schema.read(packs / TRAIN, schema.PACK)
     with tqdm(total=table.num_rows, desc="logits", unit="pack", disable=None, delay=2) as bar:
-        for told in worker.run("r1distill.students.logits", job, out / ".work", launcher=launcher):
+        for told in worker.run("r1distill.students.logits", job, out / ".work", launchers=[launcher]):
             bar.update(told.get("packs", 0))
     opened = topk.TopK(out / TRAIN, table)
     rows = int(opened.counts.sum())

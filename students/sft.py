@@ -12,15 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from r1distill.data import models, schema
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.result import Result
-from r1distill.students import layout, worker
+from r1distill.students import checkpoints, layout, schedule, tracking, worker
 from r1distill.students.base import SHARD_SIZE
 from r1distill.students.catalogue import Adapter, Sft, Student
 from r1distill.students.layout import Layout
+from r1distill.students.schedule import Packs
 
 
 def build(
@@ -31,34 +33,40 @@ def build(
     ``spread`` says over which processes; ``logits`` is where a teacher's top-k lies for a student that learns from it.
     Rows are traces. A run that was cut off goes on from its last whole checkpoint, which lies in ``out/.work``.
     """
+    layout.check(spread, student)
+    tracking.check_tracker(student.sft.tracking)
+    if logits and spread.sequence_parallel > 1:
+        raise RequestError("a student with 'distill' can't be trained with sequence_parallel over 1: leave one out.")
     train = schema.read(packs / "train", schema.PACK)
     if not train.num_rows:
         raise RequestError(f"{packs} holds no training packs: every trace was rejected. Its manifest says why.")
-    traces = sum(len(row["members"]) for row in schema.rows(train, ["members"]))
-    layout.check_heads(spread, student.architecture)
-    if logits and spread.sequence_parallel > 1:
-        raise RequestError("a student with 'distill' can't be trained with sequence_parallel over 1: leave one out.")
+    traces = sum(pc.sum(pc.list_value_length(chunk)).as_py() for chunk in train["members"].chunks)
     job = {
         "student": student.model_dump(mode="json"),
         "base": str(models.materialise(student.base, home)),
         "packs": str(packs),
         "out": str(out),
         "logits": str(logits) if logits else None,
+        "tracking": str(home / "tracking" / out.name.removeprefix(".").removesuffix(".partial")),
         "layout": spread.model_dump(mode="json"),
         "packs_per_step": packs_per_step(student.sft, train.num_rows, traces),
     }
     config = layout.write(spread, student.sft, out / ".work" / "launch")
-    cores = len(os.sched_getaffinity(0))
-    launcher = ["accelerate.commands.launch", *layout.launch_arguments(spread, student.sft.launch, config, 0, cores)]
+    cores, options = len(os.sched_getaffinity(0)), student.sft.launch
+    launchers = [
+        ["accelerate.commands.launch", *layout.launch_arguments(spread, options, config, rank, cores)]
+        for rank in range(spread.nodes)
+    ]
     told: dict[str, Any] = {}
     with tqdm(desc=f"training {student.name}", unit="step", disable=None, delay=2) as bar:
-        for told in worker.run("r1distill.students.sft", job, out / ".work", launcher=launcher):
+        for told in worker.run("r1distill.students.sft", job, out / ".work", launchers=launchers, hosts=spread.hosts):
             if "step" in told:
                 bar.total, bar.n = told["steps"], told["step"]
                 bar.set_postfix_str(f"loss {told['loss']:.3f}, {told['tokens_per_second']:.0f} tokens/s")
     if "metrics" not in told:
         raise R1DistillError(f"the training ended without a result; {out / '.work' / 'sft.log'} says more.")
-    return Result(traces, traces, {}, told["metrics"], unit="traces")
+    batch = {"batch_traces": student.sft.batch_traces, "packs_per_step": job["packs_per_step"]}
+    return Result(traces, traces, {}, {**told["metrics"], **batch, "layout": str(spread)}, unit="traces")
 
 
 def packs_per_step(sft: Sft, packs: int, traces: int) -> int:
@@ -68,62 +76,86 @@ def packs_per_step(sft: Sft, packs: int, traces: int) -> int:
 
 def main(job: dict[str, Any]) -> None:
     """In the worker: train as the job says, resuming from the last whole checkpoint."""
-    import torch
     from datasets import load_from_disk
     from transformers import AutoTokenizer
 
-    from r1distill.students import base, kd, topk, trainer
+    from r1distill.students import attention, base, kd, topk, trainer
 
     student, out, packs = Student.model_validate(job["student"]), Path(job["out"]), Path(job["packs"])
-    spread = Layout.model_validate(job["layout"])
-    checkpoints = out / ".work" / "checkpoints"
+    spread, per_step, adapter = Layout.model_validate(job["layout"]), job["packs_per_step"], _adapter(student)
+    folder = out / ".work" / "checkpoints"
     tokenizer = AutoTokenizer.from_pretrained(packs / "tokenizer")
-    validation = load_from_disk(str(packs / "validation")) if (packs / "validation").is_dir() else None
-    progress = trainer.progress()
-    train, pad = load_from_disk(str(packs / "train")), tokenizer.pad_token_id
-    args = trainer.arguments(student.sft, spread, checkpoints, spread.rounds(job["packs_per_step"]))
-    collate: Any = partial(trainer.collate, pad=pad)
-    make = trainer.trainer_class
+    pad = tokenizer.pad_token_id
+    data = Packs(schema.read(packs / "train", schema.PACK), pad)
+    steps = schedule.order(len(data), per_step, student.sft.epochs, student.sft.seed)
+    places = schedule.places(steps, per_step, spread)
+    meter = tracking.Meter(student.architecture, data, places, layout=spread, adapter=bool(adapter))
+    attention.register()
+    os.environ.update({**tracking.environment(Path(job["tracking"])), **os.environ})
+    # Before the model: under ZeRO-3 they make weights come sharded as they are loaded.
+    settings = trainer.arguments(student.sft, spread, folder, spread.rounds(per_step), Path(job["tracking"]).name)
+    make, together = trainer.trainer_class, trainer.collator(spread, pad, settings.process_index)
     if job["logits"]:
         assert student.distill
-        rows = topk.TopK(Path(job["logits"]) / "train", schema.read(packs / "train", schema.PACK))
-        train, collate = kd.numbered(train), partial(kd.collate, pad=pad, rows=rows)
-        make = partial(kd.trainer_class, student.distill, student.architecture.vocab)
-        args.remove_unused_columns = False
+        rows = topk.TopK(Path(job["logits"]) / "train", data.table)
+        make, together = (
+            partial(kd.trainer_class, student.distill, student.architecture.vocab),
+            kd.with_rows(together, rows),
+        )
     training = make()(
-        model=base.load(student.architecture, Path(job["base"]), tokenizer, torch.float32),
-        args=args,
-        train_dataset=train,
-        eval_dataset=validation or None,
-        data_collator=collate,
+        packs=data,
+        places=places,
+        meter=meter,
+        layout=spread,
+        model=base.load_to_train(student, Path(job["base"]), tokenizer, spread),
+        args=settings,
+        train_dataset=load_from_disk(str(packs / "train")),
+        data_collator=together,
         processing_class=tokenizer,
-        peft_config=trainer.lora(student, tokenizer) if isinstance(student.sft.method, Adapter) else None,
-        callbacks=[progress],
+        peft_config=trainer.lora(student, tokenizer) if adapter else None,
+        callbacks=[trainer.progress(meter)],
     )
-    training.train(resume_from_checkpoint=trainer.last_good(checkpoints))
-    if validation:
-        training.evaluate()
+    training.train(resume_from_checkpoint=_last_good(folder, training))
+    if (packs / "validation").is_dir() and (held := schema.read(packs / "validation", schema.PACK)).num_rows:
+        training.validate(Packs(held, pad))
     _save(training, student, Path(job["base"]), packs / "tokenizer", out)
     if training.is_world_process_zero():
         history = [row for row in training.state.log_history if "loss" in row or "eval_loss" in row]
         write_curve(history, out)
-        worker.tell(metrics=_metrics(training, history, progress.tokens_per_second))
+        worker.tell(metrics=_metrics(training, history, meter))
+
+
+def _adapter(student: Student) -> Adapter | None:
+    return student.sft.method if isinstance(student.sft.method, Adapter) else None
+
+
+def _last_good(folder: Path, training: Any) -> str | None:
+    """The checkpoint to go on from; one process looks, since what is not whole is deleted."""
+    from accelerate.utils import broadcast_object_list
+
+    found = [checkpoints.last_good(folder) if training.is_world_process_zero() else None]
+    return str(found[0]) if broadcast_object_list(found)[0] else None
 
 
 def _save(training: Any, student: Student, base: Path, tokenizer: Path, out: Path) -> None:
     """The final weights in bf16, generation settings and tokenizer; a LoRA adapter is kept and merged."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # one process alone loads no shards
 
     from r1distill.students.merge import merge
 
-    if isinstance(student.sft.method, Adapter):
+    if _adapter(student):
+        if training.is_fsdp_enabled:  # sharded, the trainer would save no adapter at all
+            training.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         training.save_model(str(out / "adapter"))
+        unset_hf_deepspeed_config()
         if training.is_world_process_zero():
             _tidy(out / "adapter", models.title(student.base))
             merge(student.architecture, base, out / "adapter", tokenizer, out)
         return
     state = training.accelerator.get_state_dict(training.model_wrapped)  # gathered where it is sharded
+    unset_hf_deepspeed_config()
     if training.is_world_process_zero():
         trained = training.accelerator.unwrap_model(training.model)
         with torch.device("meta"):
@@ -146,17 +178,17 @@ def _tidy(adapter: Path, base: str) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def _metrics(training: Any, history: list[dict[str, float]], tokens_per_second: float) -> dict[str, Any]:
+def _metrics(training: Any, history: list[dict[str, float]], meter: tracking.Meter) -> dict[str, Any]:
     losses = [row["loss"] for row in history if "loss" in row]
-    args = training.args
+    steps = training.state.global_step
     return {
-        "steps": training.state.global_step,
-        "packs_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "tokens": training.state.num_input_tokens_seen,
+        "steps": steps,
+        "tokens": int(meter.tokens[:steps].sum()),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "validation_loss": next((row["eval_loss"] for row in reversed(history) if "eval_loss" in row), None),
-        "tokens_per_second": round(tokens_per_second, 1),
+        "tokens_per_second": round(meter.mean_tokens_per_second(steps), 1),
+        **tracking.summary(history, meter),
     }
 
 

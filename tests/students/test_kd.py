@@ -14,7 +14,7 @@ import pytest
 
 from r1distill.data import schema
 from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.students import kd, layout, logits, packing, sft, topk, trainer
+from r1distill.students import checkpoints, kd, layout, logits, packing, sft, topk
 from r1distill.students.catalogue import Student
 
 TERMS = {"k": 8, "temperature": 2.0, "kl_weight": 0.7, "ce_weight": 0.3}
@@ -271,4 +271,4 @@ def test_a_student_learns_from_the_logits(student: Student, packs: Path, tmp_pat
     spread = layout.default(student.sft.launch)
     done = sft.build(student, packs, tmp_path / "out", tmp_path / "home", spread, logits=tmp_path / "logits")
     assert done.metrics["last_loss"] < done.metrics["first_loss"] and done.metrics["validation_loss"] > 0
-    assert trainer.last_good(tmp_path / "out" / ".work" / "checkpoints")
+    assert checkpoints.last_good(tmp_path / "out" / ".work" / "checkpoints")

@@ -70,11 +70,43 @@ def test_a_layout_survives_json() -> None:
 
 def test_ulysses_shares_heads_out_evenly(student: Student) -> None:
     wide = {"strategy": "zero3", "processes_per_node": 8, "cpu": False}
-    layout.check_heads(Layout(**wide, sequence_parallel=8), student.architecture)  # 40 heads, 8 of keys
-    seven = load("students", "qwen-7b", Student).architecture  # 28 heads, 4 of keys
-    layout.check_heads(Layout(**wide, sequence_parallel=4), seven)
+    layout.check(Layout(**wide, sequence_parallel=8), student)  # 40 heads, 8 of keys
+    seven = load("students", "qwen-7b", Student)  # 28 heads, 4 of keys
+    layout.check(Layout(**wide, sequence_parallel=4), seven)
     with pytest.raises(RequestError, match="28 heads"):
-        layout.check_heads(Layout(**wide, sequence_parallel=8), seven)
+        layout.check(Layout(**wide, sequence_parallel=8), seven)
+
+
+def test_what_a_student_cant_be_trained_with_is_refused_before_anything_starts(student: Student) -> None:
+    two = LAYOUTS["fsdp2 on nodes"]
+    layout.check(two, student)
+    with pytest.raises(RequestError, match=r"2 nodes need as many host names, found 1.*hardware.hosts=\[node1,node2\]"):
+        layout.check(two.model_copy(update={"hosts": ("a",)}), student)
+    method = {"kind": "qlora", "rank": 8, "alpha": 16}
+    quantised = Student.model_validate({**student.model_dump(), "sft": {**student.sft.model_dump(), "method": method}})
+    layout.check(LAYOUTS["fsdp2"], quantised)
+    with pytest.raises(RequestError, match="can't be sharded by zero3"):
+        layout.check(LAYOUTS["zero3"], quantised)
+    with pytest.raises(RequestError, match="qlora needs a GPU"):
+        layout.check(LAYOUTS["one"], quantised)
+
+
+def test_four_bits_are_nf4_or_the_missing_library_is_named() -> None:
+    """The settings alone: bitsandbytes' layers have not run here."""
+    import importlib.util
+
+    from r1distill.students import base
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(RequestError, match="qlora needs bitsandbytes"):
+            base.four_bits(sharded=True)
+        return
+    import torch
+
+    settings = base.four_bits(sharded=True)
+    assert (settings.quantization_method, settings.bnb_4bit_quant_type) == ("bitsandbytes", "nf4")
+    assert settings.bnb_4bit_quant_storage == settings.bnb_4bit_compute_dtype == torch.bfloat16
+    assert base.four_bits(sharded=False).bnb_4bit_quant_storage == torch.uint8
 
 
 def test_places_of_a_step() -> None:
@@ -139,14 +171,12 @@ def test_accelerates_plugins_take_the_settings(student: Student, tmp_path: Path,
     config = ParallelismConfig()
     assert (config.sp_size, config.sp_backend) == (8, "deepspeed")
     assert config.sp_handler.sp_seq_length_is_variable
-    assert config.sp_handler.sp_attn_implementation == layout.ULYSSES_NAMES["varlen"]
 
 
-def test_the_slurm_script_is_a_script(tmp_path: Path) -> None:
+def test_the_slurm_script_is_a_script() -> None:
     import subprocess
 
-    file = layout.write_slurm(LAYOUTS["ulysses"], ["echo", "a b"], tmp_path, name="qwen-32b", cores=192)
-    text = file.read_text()
+    text = layout.slurm(LAYOUTS["ulysses"], ["echo", "a b"], name="qwen-32b", cores=192)
     for line in ("--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=1", "--cpus-per-task=192", "--exclusive"):
         assert f"#SBATCH {line}\n" in text
     fake = "scontrol() { printf 'n1\\nn2\\n'; }; export -f scontrol; SLURM_JOB_NODELIST='n[1-2]'; "

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from r1distill.data import schema
 from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.students import layout, packing, sft, trainer, worker
+from r1distill.students import checkpoints, layout, packing, sft, trainer, worker
 from r1distill.students.catalogue import Student
+from r1distill.students.layout import Layout
+
+from .conftest import row, sums
 
 R1_USED = (151646, 151644, 151645, 151648, 151649, 151643)  # BOS, user, assistant, <think>, </think>, EOS
 
@@ -34,23 +42,52 @@ def packs(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-def trained(student: Student, packs: Path, out: Path):
+def trained(student: Student, packs: Path, out: Path, spread: Layout | None = None):
     (out / ".work").mkdir(parents=True, exist_ok=True)
-    return sft.build(student, packs, out, out / "home", layout.default(student.sft.launch))
+    return sft.build(student, packs, out, out / "home", spread or layout.default(student.sft.launch))
 
 
-def test_training_lowers_the_loss_and_ships_a_whole_checkpoint(tiny_student, sums_dataset, packs, tmp_path) -> None:
+def with_sft(student: Student, **changes) -> Student:
+    return Student.model_validate({**student.model_dump(), "sft": {**student.sft.model_dump(), **changes}})
+
+
+@pytest.fixture
+def several(tiny_student: Student) -> Student:
+    """Several packs a step, which two processes can't share out evenly, over many saves."""
+    return with_sft(tiny_student, batch_traces=10, epochs=8)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, packs):
+    """One process's training of ``several``, uninterrupted: its result and folder, made once."""
+    made: list[tuple] = []
+
+    def make(student: Student, dataset: Path) -> tuple:
+        if not made:
+            out = tmp_path_factory.mktemp("whole")
+            told = with_sft(student, tracking="tensorboard")
+            made.append(
+                (trained(told, packs(student, dataset), out, Layout(checkpointing=False, device_tflops=1)), out)
+            )
+        return made[0]
+
+    return make
+
+
+def test_training_lowers_the_loss_and_ships_a_whole_checkpoint(several, sums_dataset, packs, whole) -> None:
     import torch
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = packs(tiny_student, sums_dataset)
-    result = trained(tiny_student, folder, tmp_path / "out")
-    out, metrics = tmp_path / "out", result.metrics
+    folder = packs(several, sums_dataset)
+    result, out = whole(several, sums_dataset)
+    metrics = result.metrics
     result.check("checkpoint")
     assert metrics["last_loss"] < metrics["first_loss"] and metrics["validation_loss"] > 0
+    assert (metrics["batch_traces"], metrics["packs_per_step"], metrics["layout"]) == (10, 3, "one process")
     history = json.loads((out / "loss.json").read_text())
     assert [row["step"] for row in history if "loss" in row] == list(range(1, metrics["steps"] + 1))
+    assert all(row["loss"] == pytest.approx(row["loss_math"]) for row in history if "loss_math" in row)
     assert (out / "loss.png").stat().st_size > 1000
     with safe_open(out / "model.safetensors", "pt") as file:
         assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in file.keys())  # noqa: SIM118
@@ -64,60 +101,136 @@ def test_training_lowers_the_loss_and_ships_a_whole_checkpoint(tiny_student, sum
         assert (out / name).read_bytes() == (folder / "tokenizer" / name).read_bytes()
 
 
-def test_killed_training_resumes_and_ends_in_the_same_weights(tiny_student, sums_dataset, packs, tmp_path) -> None:
-    """SIGKILL after a whole checkpoint: the worker dies too, the rerun goes on and ends as an unbroken run does."""
-    folder = packs(tiny_student, sums_dataset)
-    slow = tiny_student.model_copy(update={"sft": tiny_student.sft.model_copy(update={"epochs": 6})})
-    whole = trained(slow, folder, tmp_path / "whole")
-    out = tmp_path / "killed"
+def test_the_tracker_is_told_what_matters(several, sums_dataset, whole) -> None:
+    result, out = whole(several, sums_dataset)
+    told = b"".join(events.read_bytes() for events in (out / "home" / "tracking").rglob("events.*"))
+    for name in (b"tokens_per_second", b"mfu", b"padding_share", b"grad_norm", b"train/loss"):
+        assert name in told
+    assert 0 < result.metrics["mfu"] < 1 and 0 <= result.metrics["padding_share"] < 1
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(tiny_student, packs, sums_dataset, tmp_path):
+    missing = next((name for name in ("wandb", "trackio") if not importlib.util.find_spec(name)), None)
+    if missing is None:
+        pytest.skip("every tracker is installed")
+    with pytest.raises(RequestError, match=f"tracking is '{missing}', and {missing} is not installed"):
+        trained(with_sft(tiny_student, tracking=missing), packs(tiny_student, sums_dataset), tmp_path)
+
+
+def test_two_processes_killed_while_saving_and_resumed_on_two_nodes_end_as_one_uninterrupted(
+    several, sums_dataset, packs, whole, tmp_path
+) -> None:
+    """Two processes take unequal shares of every step; all are killed in the middle of a save; two launches that meet
+    over loopback go on from the checkpoint before it. Every loss is that of one process that was never disturbed."""
+    folder, out = packs(several, sums_dataset), tmp_path / "killed"
     (out / ".work").mkdir(parents=True)
+    two = with_sft(several, launch={"processes_per_node": 2, "checkpointing": False})
     code = (
         "import sys, pathlib\nfrom r1distill.students import layout, sft\n"
         "from r1distill.students.catalogue import Student\n"
         "a = sys.argv\ns = Student.model_validate_json(a[1])\n"
         "sft.build(s, *map(pathlib.Path, a[2:]), layout.default(s.sft.launch))"
     )
-    command = [sys.executable, "-c", code, slow.model_dump_json(), str(folder), str(out), str(out / "home")]
+    command = [sys.executable, "-c", code, two.model_dump_json(), str(folder), str(out), str(out / "home")]
     caller = subprocess.Popen(command)
-    checkpoints = out / ".work" / "checkpoints"
-    deadline = time.monotonic() + 240
-    while not list(checkpoints.glob(f"*/{trainer.GOOD}")):
+    saved = out / ".work" / "checkpoints"
+    deadline = time.monotonic() + 400
+    while not (torn := unfinished(saved) if checkpoints.whole(saved) else []):
         assert caller.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    caller.send_signal(signal.SIGKILL)
+    for process in [caller.pid, *living(str(out))]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     caller.wait()
     wait_until_gone(str(out))
-    (checkpoints / "checkpoint-999").mkdir()  # one that was cut off while being written
-    good = trainer.last_good(checkpoints)
-    assert good and not (checkpoints / "checkpoint-999").exists()
-    first = int(good.rpartition("-")[2])
-    result = trained(slow, folder, out)
-    assert result.metrics["steps"] == whole.metrics["steps"] > first
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert unfinished(saved), torn  # the save was cut off indeed
+    first = checkpoints.number(checkpoints.whole(saved)[-1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = Layout(strategy="ddp", nodes=2, hosts=("127.0.0.1", "127.0.0.1"), port=port, checkpointing=False)
+    result = trained(two, folder, out, nodes)
+    assert not unfinished(saved)
+    uninterrupted, alone = whole(several, sums_dataset)
+    assert result.metrics["steps"] == uninterrupted.metrics["steps"] > first > 0
+    assert result.metrics["layout"] == "DDP x2, 2 nodes"
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-4)
+    assert result.metrics["validation_loss"] == pytest.approx(uninterrupted.metrics["validation_loss"], rel=1e-4)
 
 
-def losses(checkpoint: Path) -> list[float]:
-    return [row["loss"] for row in json.loads((checkpoint / "loss.json").read_text()) if "loss" in row]
+@pytest.mark.soak
+@pytest.mark.parametrize("degree", [1, 2], ids=["zero3", "ulysses"])
+def test_deepspeed_on_two_processes_learns_as_one_alone(degree, several, sums_dataset, packs, whole, tmp_path) -> None:
+    """Sharded weights, and under Ulysses sequences cut in two whose packed traces still don't see each other."""
+    spread = Layout(strategy="zero3", processes_per_node=2, sequence_parallel=degree)
+    result = trained(several, packs(several, sums_dataset), tmp_path, spread)
+    uninterrupted, alone = whole(several, sums_dataset)
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(tmp_path, "grad_norm") == pytest.approx(losses(alone, "grad_norm"), rel=1e-3)
+    assert result.metrics["validation_loss"] == pytest.approx(uninterrupted.metrics["validation_loss"], rel=1e-4)
+    assert (tmp_path / "model.safetensors").stat().st_size == (alone / "model.safetensors").stat().st_size
 
 
-def wait_until_gone(mark: str, seconds: float = 20) -> None:
-    """No process that has ``mark`` in its command line is left (this one aside)."""
+def test_a_loss_that_is_no_number_stops_the_training_with_its_pack_saved(tiny_student, tiny_base, tmp_path) -> None:
+    """A broken embedding of one token, which one trace holds."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, tie_word_embeddings=False)
+    (broken,) = AutoTokenizer.from_pretrained(base).encode("Q")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+        model.model.embed_tokens.weight[broken] = float("nan")
+    model.save_pretrained(base)
+    shape = tiny_student.architecture.model_dump() | {"tied": False}
+    student = Student.model_validate(
+        {**with_sft(tiny_student, batch_traces=6).model_dump(), "architecture": shape}
+        | {"base": {"kind": "folder", "path": str(base)}}
+    )
+    dataset, folder, out = tmp_path / "dataset", tmp_path / "packs", tmp_path / "out"
+    schema.write(dataset / "train", schema.TRAINING_ROW, [*sums(11), row("odd", "Q?", "Q", "1")])
+    (folder / ".work").mkdir(parents=True)
+    packing.build(student, dataset, folder, tmp_path / "home")
+    with pytest.raises(
+        R1DistillError, match=r"step \d+ has loss nan and gradient norm nan: pack \d+ gave it"
+    ) as caught:
+        trained(student, folder, out)
+    (record,) = (out / ".work" / "not-finite").glob("step-*/losses.json")
+    told = json.loads(record.read_text())
+    kept = list(schema.rows(schema.read(record.parent / "packs", schema.PACK)))
+    (bad,) = told["not_finite"]
+    culprit = kept[told["packs"].index(bad)]
+    assert "odd" in [member["prompt_id"] for member in culprit["members"]]
+    assert str(record.parent) in str(caught.value)
+    assert f"checkpoint-{told['step']}" not in {path.name for path in (out / ".work" / "checkpoints").glob("*")}
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Checkpoints that are being written, or were when their writer died."""
+    return [one for one in folder.glob("checkpoint-*") if not (one / checkpoints.GOOD).is_file()]
+
+
+def losses(checkpoint: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in json.loads((checkpoint / "loss.json").read_text()) if "loss" in row]
+
+
+def living(mark: str) -> list[int]:
+    """Processes that have ``mark`` in their command line (this one aside)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def wait_until_gone(mark: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        left = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                try:
-                    command = (entry / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                if mark.encode() in command:
-                    left.append(entry.name)
-        if not left:
-            return
+    while left := living(mark):
+        assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.1)
-    raise AssertionError(f"still running: {left}")
 
 
 def test_merged_lora_equals_the_adapter(tiny_student, tiny_base, sums_dataset, packs, tmp_path) -> None:
@@ -128,9 +241,7 @@ def test_merged_lora_equals_the_adapter(tiny_student, tiny_base, sums_dataset, p
     from r1distill.students import base
 
     method = {"kind": "lora", "rank": 4, "alpha": 8}
-    student = Student.model_validate(
-        {**tiny_student.model_dump(), "sft": {**tiny_student.sft.model_dump(), "method": method}}
-    )
+    student = with_sft(tiny_student, method=method)
     folder, out = packs(student, sums_dataset), tmp_path / "out"
     result = trained(student, folder, out)
     assert result.metrics["last_loss"] < result.metrics["first_loss"]
