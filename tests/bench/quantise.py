@@ -22,7 +22,7 @@ from r1distill.students.dequantise import weights
 from r1distill.students.soundness import problems
 from r1distill.students.template import TEMPLATES, write_tokenizer
 
-ROUNDS = 3
+ROUNDS = 2
 KINDS = ("q4_k_m", "gptq-4bit", "int8")  # the default chain's; none of them calibrates
 
 
