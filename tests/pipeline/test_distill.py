@@ -51,7 +51,7 @@ score_teacher: false
 # No gates: what so small a run scores means nothing.
 VARIANTS = (
     "{ q4_k_m: { importance: false, calibration_traces: 2, calibration_tokens: 64, kl_tokens: 16, "
-    "gate: { min_recovered: 0.0, max_truncation_rise: 1.0, max_kl: null } } }"
+    "gate: { min_recovered: 0.0, max_truncation_rise: 1.0, max_loop_rise: 1.0, max_kl: null } } }"
 )
 
 
