@@ -27,6 +27,8 @@ def main(names: list[str]) -> int:
     lines = ["| what | ours | peer | ratio | goal | |", "|---|---|---|---|---|---|"]
     print("\n".join(lines))
     missed = False
+    results = Path(os.environ.get("R1DISTILL_HOME") or "runs") / "bench" / "results.md"
+    results.parent.mkdir(parents=True, exist_ok=True)
     for name in names or files:
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", ONE, str(files[name])], stdout=subprocess.PIPE, text=True
@@ -43,9 +45,7 @@ def main(names: list[str]) -> int:
             lines.append(f"| {name} | | | | | failed |")
             print(lines[-1], flush=True)
             missed = True
-    folder = Path(os.environ.get("R1DISTILL_HOME") or "runs") / "bench"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        results.write_text("\n".join(lines) + "\n", encoding="utf-8")  # a run that is cut off keeps what it had
     return int(missed)
 
 

@@ -34,6 +34,7 @@ from r1distill.data.verify.math import examine
 FILE = ROOT.parent / "shared" / "data" / "traces" / "mip_deepseek_r1.jsonl.gz"
 ROUNDS = 3
 COPIES = 8  # of all rows, for the workers; the first is not timed
+UNEXPLAINED = "not explained yet"
 WARM = 64  # rows of the whole path that are not timed: what a worker loads at first
 LOOP_SECONDS = 1.0
 
@@ -87,7 +88,7 @@ def measure() -> Iterator[dict[str, Any]]:
         "unit": "rows/s",
         "peer_name": "math-verify, whole text",
         "goal": 2.0,
-        "note": f"{len(rows)} rows, {differences} verdicts differ, see {report}",
+        "note": f"{len(rows)} rows, {differences} verdicts differ, {text.count(UNEXPLAINED)} unexplained, see {report}",
     }
     ours_whole, theirs_whole = _whole_path(rows)
     yield {
@@ -234,7 +235,7 @@ def _report(rows: list[dict[str, Any]], found: list[Finding], peers: list[bool])
         "|---|---|---|---|---|",
         *(
             f"| {_key(row)} | {finding.outcome}: {finding.reason} | {_cell(finding.detail)} "
-            f"| {EXPLAINED.get(_key(row), 'not explained yet')} | {_cell(_end(row))} |"
+            f"| {EXPLAINED.get(_key(row), UNEXPLAINED)} | {_cell(_end(row))} |"
             for row, finding in disputed
         ),
     ]
