@@ -108,7 +108,7 @@ embedded-teacher: setup
 	@$(BIN)/r1distill embedded-teacher $(CHANGES)
 
 test: setup
-	@$(BIN)/pytest $(TEST) -q -n 2 --dist loadfile -m 'not soak'
+	@$(BIN)/pytest $(TEST) -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not soak'
 
 soak: setup
 	@$(BIN)/pytest $(TEST) -q -m soak

@@ -1,4 +1,7 @@
-"""A Hub on this machine: it speaks the Hub's protocol to the real client, and misbehaves where a test says so."""
+"""For all rooms: the order of the tests, and a Hub on this machine.
+
+The Hub speaks the protocol to the real client, and misbehaves where a test says so.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,13 @@ import yaml
 os.environ.setdefault(
     "HF_HUB_DISABLE_XET", "1"
 )  # read when huggingface_hub is first imported; xet has another protocol
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with a slow test come first: started last, one would keep a single worker busy at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
 
 Files = dict[str, bytes]
 LARGE = (".safetensors", ".parquet", ".gguf", ".png")

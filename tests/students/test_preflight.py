@@ -21,6 +21,8 @@ from r1distill.students.checks import CHECKS
 from r1distill.students.subject import ANSWER, PROBE, QUESTION, SYSTEM
 from r1distill.students.template import TEMPLATES, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 needs_tokenizers = pytest.mark.skipif(not SHARED.is_dir(), reason="the published tokenizers are not on this machine")
 

@@ -20,6 +20,8 @@ from r1distill.students.divergence import Reference, held_out
 from r1distill.students.soundness import KEPT_FILES, problems
 from r1distill.students.template import TEMPLATES, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 # How far the dequantised weights may be from the checkpoint's, relative to their size. AWQ rescales them.
 ERROR = {
     "q8_0": 0.01,

@@ -24,6 +24,8 @@ from r1distill.students.layout import Layout
 
 from .conftest import row, sums
 
+pytestmark = pytest.mark.slow
+
 R1_USED = (151646, 151644, 151645, 151648, 151649, 151643)  # BOS, user, assistant, <think>, </think>, EOS
 
 
