@@ -392,6 +392,7 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # our libraries' bars too; a log file has no use for them
     warnings.simplefilter("ignore", SyntaxWarning)  # of libraries that Python compiles on their first import
+    logging.getLogger("DeepSpeed").disabled = True  # it writes to standard output, where --json answers
     logging.basicConfig(level=os.environ.get("R1DISTILL_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
     try:
         app()
