@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from r1distill.pipeline import evaluation, scores
 from r1distill.pipeline.artifact import Artifact, building, find, fingerprint, place, seal
 from r1distill.pipeline.evaluation import Contender, context_tokens, folder_spec
 from r1distill.pipeline.run import Run
-from r1distill.pipeline.runner import versions
+from r1distill.pipeline.runner import manifest_of
 from r1distill.teacher.serve import LlamaSpec
 from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, Sampling
 
@@ -59,7 +58,8 @@ def evaluate(run: Run, wanted: Wanted, benchmarks: Sequence[Benchmark], checkpoi
         if artifact := find(path, digest):
             return artifact
         began = time.monotonic()
-        answers = evaluation.answers(benchmarks, [one], run.home, partial, run.prompts.verdicts.workers)
+        asked = evaluation.asked(benchmarks, [one])
+        answers = evaluation.answers(asked, run.home, partial, run.prompts.verdicts.workers)
         twin = run.student.twin
         known = wanted.model if "/" in wanted.model else twin.repo if twin else None
         tables = {bench.name: scores.table(bench, [one], answers, known) for bench in benchmarks}
@@ -67,18 +67,8 @@ def evaluate(run: Run, wanted: Wanted, benchmarks: Sequence[Benchmark], checkpoi
         (partial / "scores.json").write_text(json.dumps(found, indent=1))
         result = scores.account(answers, found, [])
         result.check("evaluation")
-        manifest = {
-            "stage": "evaluations",
-            "label": label,
-            "fingerprint": digest,
-            "inputs": {},
-            "identity": identity,
-            **asdict(result),
-            "versions": versions(),
-            "seconds": round(time.monotonic() - began, 2),
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        return seal(partial, path, manifest)
+        about = {"stage": "evaluations", "label": label, "fingerprint": digest, "inputs": {}, "identity": identity}
+        return seal(partial, path, manifest_of(result, began, **about))
 
 
 def _contender(run: Run, wanted: Wanted, benchmarks: Sequence[Benchmark], checkpoint: bool) -> Contender:

@@ -86,9 +86,14 @@ class Contender:
         return names[type(self.spec)]
 
 
+def asked(wanted: Sequence[Benchmark], everyone: Sequence[Contender]) -> list[Asked]:
+    """Every benchmark beside every contender; the questions are read once."""
+    found = {bench.name: benchmarks.asked(bench) for bench in wanted}
+    return [Asked(bench, found[bench.name], one) for one in everyone for bench in wanted]
+
+
 def answers(
-    wanted: Sequence[Benchmark],
-    everyone: Sequence[Contender],
+    asked: Sequence[Asked],
     home: Path,
     out: Path,
     workers: int | None = None,
@@ -100,17 +105,16 @@ def answers(
     Raises R1DistillError where over 1% of a contender's answers to a benchmark failed, RequestError where programs are
     to be run and there is no sandbox, or a recorded run lacks answers.
     """
-    found = {bench.name: benchmarks.asked(bench) for bench in wanted}
-    if any(one.row["verifier"] == "code" for each in found.values() for one in each):
+    if any(question.row["verifier"] == "code" for one in asked for question in one.questions.values()):
         sandbox.require()
-    asked = [_Asked(bench, found[bench.name], one) for one in everyone for bench in wanted]
     settings = RULES.model_copy(update={"workers": workers})
     kept: list[dict[str, Any]] = []
     with (
         Ledger(home / "ledger") as ledger,
         pq.ParquetWriter(out / "answers.parquet", ANSWER, compression="zstd") as file,
     ):
-        unread = {one.name for one in everyone if renderings and one.ours and renderings.of(one.revision) is None}
+        ours = {one.contender.name: one.contender.revision for one in asked if one.contender.ours}
+        unread = {name for name, revision in ours.items() if renderings and renderings.of(revision) is None}
         unasked = (one for one in asked if one.recorded is None)
         _ask(
             [one for one in unasked if one.contender.name in unread or pending(one.order, ledger)],
@@ -131,7 +135,7 @@ def answers(
     return kept
 
 
-class _Asked:
+class Asked:
     """A benchmark's questions and what a contender is asked of them, or was."""
 
     def __init__(self, benchmark: Benchmark, everything: list[benchmarks.Question], contender: Contender):
@@ -173,23 +177,25 @@ class _Asked:
         return [row for row in found if row["sample"] < self.benchmark.k]
 
 
-def speeds(wanted: Sequence[Benchmark], everyone: Sequence[Contender], home: Path) -> dict[str, float | None]:
+def speeds(asked: Sequence[Asked], home: Path) -> dict[str, float | None]:
     """Tokens a second of each contender that was asked here, by name."""
-    found = {bench.name: benchmarks.asked(bench) for bench in wanted}
     with Ledger(home / "ledger") as ledger:
         return {
-            one.name: tokens_per_second(
-                trace for bench in wanted for trace in _Asked(bench, found[bench.name], one).traces(ledger)
-            )
-            for one in everyone
+            name: tokens_per_second(trace for one in each for trace in one.traces(ledger))
+            for name, each in _by_contender(asked).items()
         }
 
 
-def _ask(wanted: list[_Asked], home: Path, ledger: Ledger, renderings: Renderings | None) -> None:
+def _by_contender(asked: Iterable[Asked]) -> dict[str, list[Asked]]:
+    found: dict[str, list[Asked]] = {}
+    for one in asked:
+        found.setdefault(one.contender.name, []).append(one)
+    return found
+
+
+def _ask(wanted: list[Asked], home: Path, ledger: Ledger, renderings: Renderings | None) -> None:
     """Serve each contender once, see how it reads a conversation, and ask it for all of its benchmarks."""
-    by_contender: dict[str, list[_Asked]] = {}
-    for one in wanted:
-        by_contender.setdefault(one.contender.name, []).append(one)
+    by_contender = _by_contender(wanted)
     specs = [orders[0].contender.spec for orders in by_contender.values()]
     servable = [spec for spec in specs if not isinstance(spec, RecordedTeacher)]
     with closing(in_turn(servable, home / "logs")) as endpoints:
@@ -210,7 +216,7 @@ def _client(spec: VllmSpec | LlamaSpec | EndpointTeacher | RecordedTeacher) -> C
     return Client()
 
 
-def _judged(one: _Asked, found: Iterable[verdicts.Found], workers: int) -> list[dict[str, Any]]:
+def _judged(one: Asked, found: Iterable[verdicts.Found], workers: int) -> list[dict[str, Any]]:
     """Rows of ANSWER of one contender on one benchmark."""
     made, states = [], Counter[str]()
     hidden = one.benchmark.private

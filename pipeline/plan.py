@@ -27,8 +27,6 @@ from r1distill.students.catalogue import Student
 from r1distill.students.layout import Layout
 from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher
 
-hardware_named = named
-
 
 @dataclass(frozen=True)
 class Plan:

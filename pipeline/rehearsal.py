@@ -24,14 +24,17 @@ from typing import Any
 
 import yaml
 
-from r1distill.data import models
+from r1distill.data import models, schema
 from r1distill.data.config import load, names, parse_overrides
 from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.pipeline import runner
+from r1distill.pipeline import plan, runner
 from r1distill.pipeline.run import SECTIONS, Run
-from r1distill.students import preflight
+from r1distill.students import attention, base, isolation, preflight
 from r1distill.students.catalogue import Student
+from r1distill.students.layout import Layout
+from r1distill.students.schedule import Packs
 from r1distill.students.subject import CONFIG, SETTINGS, has_vocabulary, unpacked
+from r1distill.students.trainer import collator
 from r1distill.teacher.serve import on_cpu
 
 # Two layers whose rows llama.cpp's K-quants (blocks of 256), groups of 128 and vLLM's attention can take.
@@ -42,6 +45,7 @@ QUESTIONS = 2  # asked of every model that is served
 ANSWER_TOKENS = 12
 LORA = {"kind": "lora", "rank": 8, "alpha": 16}
 TIED_BASES = ("Qwen/Qwen2.5-Math-1.5B",)  # where the base's own config.json is not at hand
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 KILL_SECONDS = 300  # for the first checkpoint to be there
 
 
@@ -119,6 +123,7 @@ class Rehearsal:
         yield "set up", self._set_up
         for name in self.stages:
             if name == "checkpoint":
+                yield "packs apart", self._apart
                 yield "training, killed", self._train_and_kill
                 yield "training, resumed", partial(self._stage, name)
                 yield "files", self._look_at_checkpoint
@@ -176,6 +181,24 @@ class Rehearsal:
         (table,) = scores["benchmarks"].values()
         return "answered: " + ", ".join(f"{name} ({row['runtime']})" for name, row in table["models"].items())
 
+    def _apart(self) -> str:
+        """Packed traces must not see each other, with the attention that the training here takes."""
+        import torch
+        from transformers import AutoTokenizer
+
+        run, packs = self._run(), self._paths["packs"]
+        planned = plan.training_layout(run)
+        spread = Layout(attention=planned.attention_used, cpu=planned.cpu)  # on one device
+        attention.register()
+        tokenizer = AutoTokenizer.from_pretrained(packs / "tokenizer")
+        dtype, tolerance = (torch.float32, 1e-4) if spread.cpu else (torch.bfloat16, 2e-2)
+        kind = spread.attention_used
+        model = base.load(run.student.architecture, self.base, tokenizer, dtype, attn_implementation=kind)
+        rows = Packs(schema.read(packs / "train", schema.PACK), tokenizer.pad_token_id)
+        together = collator(spread, tokenizer.pad_token_id)
+        isolation.check(model if spread.cpu else model.cuda(), [rows[0]], together, tolerance)
+        return f"losses and gradients of {len(rows[0]['seq_lengths'])} traces are those of each alone ({kind})"
+
     def _train_and_kill(self) -> str:
         """Start the real command, and kill it alone as soon as a checkpoint is whole."""
         names = ("student", "teacher", "prompts")
@@ -210,6 +233,8 @@ class Rehearsal:
         steps = [row["step"] for row in history if "loss" in row]
         if steps != list(range(1, metrics["steps"] + 1)):
             raise R1DistillError(f"the resumed training logged the steps {steps}, not every one of {metrics['steps']}")
+        if metrics.get("resumed_from_step", 0) < self._killed_at:
+            raise R1DistillError(f"the training that was killed after step {self._killed_at} started over")
         losses = f"loss {metrics['first_loss']:.2f} to {metrics['last_loss']:.2f}"
         return f"steps {self._killed_at + 1} to {metrics['steps']}, {losses}"
 
@@ -356,9 +381,6 @@ class Rehearsal:
             if time.monotonic() > deadline:
                 raise R1DistillError(f"30 s after the run was killed its processes {left} still ran")
             time.sleep(0.1)
-
-
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 def written(number: int) -> dict[str, str]:

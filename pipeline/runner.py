@@ -14,6 +14,7 @@ from typing import Any
 
 from r1distill.data.config import nearest
 from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.data.result import Result
 from r1distill.pipeline import calibration, plan
 from r1distill.pipeline.artifact import Artifact, building, find, fingerprint, place, seal
 from r1distill.pipeline.run import Run
@@ -122,17 +123,8 @@ def _build(run: Run, step: Step, partial: Path, inputs: dict[str, Path]) -> Arti
             f"MiB are free on this disk) and run the same command again: it resumes."
         ) from error
     result.check(step.stage.name)
-    manifest = {
-        "stage": step.stage.name,
-        "label": step.label,
-        "fingerprint": step.fingerprint,
-        "inputs": step.inputs,
-        "identity": step.identity,
-        **asdict(result),
-        "versions": versions(),
-        "seconds": round(time.monotonic() - began, 2),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    identity = {"fingerprint": step.fingerprint, "inputs": step.inputs, "identity": step.identity}
+    manifest = manifest_of(result, began, stage=step.stage.name, label=step.label, **identity)
     artifact = seal(partial, step.path, manifest)
     try:
         plan.record(run, step.stage.name, result.metrics, manifest["seconds"], peak.gib)
@@ -148,6 +140,17 @@ def _check_disk(folder: Path) -> None:
             f"{folder.parent} has {free} MiB of free disk, at least {LEAST_MIB} MiB are needed to start a stage. "
             "Free some, or set R1DISTILL_HOME to a larger disk."
         )
+
+
+def manifest_of(result: Result, began: float, **known: Any) -> dict[str, Any]:
+    """A manifest: what is ``known`` of the artifact, its result, and what it was made with and took since ``began``."""
+    return {
+        **known,
+        **asdict(result),
+        "versions": versions(),
+        "seconds": round(time.monotonic() - began, 2),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def versions() -> dict[str, str]:

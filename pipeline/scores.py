@@ -42,7 +42,8 @@ def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
     renderings = Renderings(run.home, json.loads((variants / PROBES).read_text(encoding="utf-8")))
     everyone = list(contenders(run, checkpoint, variants, made))
     workers = run.prompts.verdicts.workers
-    answers = evaluation.answers(run.benchmarks, everyone, run.home, out, workers, renderings)
+    asked = evaluation.asked(run.benchmarks, everyone)
+    answers = evaluation.answers(asked, run.home, out, workers, renderings)
     readings = {one.name: renderings.of(one.revision) or [] for one in everyone if one.ours}
     twin = run.student.twin
     repo = twin.repo if twin else None
@@ -53,9 +54,7 @@ def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
         "benchmarks": benchmarks,
         "reproduction": reproduction,
         "gates": verdicts,
-        "variants": of_variants(
-            run.student, made, verdicts, everyone, evaluation.speeds(run.benchmarks, everyone, run.home)
-        ),
+        "variants": of_variants(run.student, made, verdicts, everyone, evaluation.speeds(asked, run.home)),
     }
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
     return account(answers, scores, [gate["model"] for gate in verdicts if not gate["passed"]])

@@ -172,20 +172,14 @@ def memory_on_cpu(job: TrainingJob) -> Memory:
     return {**{part: n * size for part, size in {**one, **doubled}.items()}, "processes": n * PROCESS_GIB}
 
 
-def flops_per_token(architecture: Architecture, mean_tokens: float, method: Method) -> float:
-    """6 per parameter and 6 x layers x hidden x length for causal attention (PaLM, arXiv 2204.02311, appendix B, halved
-    for the mask; packed traces attend to themselves alone); frozen weights need no gradient: 4 per parameter."""
-    attention = 6 * architecture.layers * architecture.hidden * mean_tokens
-    return (4 if isinstance(method, Adapter) else 6) * architecture.parameters + attention
-
-
 def seconds_per_step(job: TrainingJob, hardware: Hardware, packs_per_step: int, mean_tokens: float) -> float | None:
     """Seconds of one optimiser step, or None where the GPU's speed is not known.
 
     Each round computes a micro-batch; gathering and reducing what is sharded runs beside it, so the longer one counts.
     Ulysses' exchange is waited for. Rounds that find no pack are waited for all the same.
     """
-    layout, flops = job.layout, flops_per_token(job.architecture, mean_tokens, job.method) * job.tokens
+    layout, frozen = job.layout, isinstance(job.method, Adapter)
+    flops = job.architecture.training_flops(job.tokens, job.tokens * mean_tokens, frozen=frozen)
     rounds = layout.rounds(packs_per_step)
     recomputing = 1.0 if layout.checkpointing else 0.75  # what utilisation counts is 3 of the 4 passes
     if layout.cpu:
@@ -278,16 +272,14 @@ def choose(student: Student, hardware: Hardware, mean_tokens: float) -> Choice:
 
     Where none fits, the nearest to it. Raises RequestError where the student's ``launch`` contradicts itself.
     """
-    weighed: list[Choice] = []
+    shape, weighed = student.architecture, list[Choice]()
     refused: dict[str, None] = {}
     for layout in _candidates(student, hardware):
-        degree, heads = layout.sequence_parallel, (student.architecture.heads, student.architecture.kv_heads)
-        if heads[0] % degree or (heads[1] % degree and degree % heads[1]):
-            refused[f"Ulysses {degree}: it can't share {heads[0]} heads and {heads[1]} key-value heads out evenly"] = (
-                None
-            )
+        if layouts.shares_heads(layout, shape):
+            weighed.append(_weigh(student, hardware, layout, mean_tokens))
             continue
-        weighed.append(_weigh(student, hardware, layout, mean_tokens))
+        heads = f"{shape.heads} heads and {shape.kv_heads} key-value heads"
+        refused[f"Ulysses {layout.sequence_parallel}: it can't share {heads} out evenly"] = None
     if not weighed:
         raise RequestError(f"no layout of this training works: {'; '.join(refused)}. Look at student.sft.launch.")
     fitting = sorted((one for one in weighed if one.fits), key=lambda one: one._order)
@@ -296,8 +288,12 @@ def choose(student: Student, hardware: Hardware, mean_tokens: float) -> Choice:
     taken = fastest if fastest.rate >= WORTH * taken.rate else taken
     # Offloading what would fit anyway is no choice worth a line.
     roomy = {one.layout for one in weighed if one.fits and not one.tight}
-    others = [one for one in weighed if one.layout.model_copy(update={"offload_activations": False}) not in roomy]
-    others = [one for one in weighed if one in others or not one.layout.offload_activations]
+    others = [
+        one
+        for one in weighed
+        if not one.layout.offload_activations
+        or one.layout.model_copy(update={"offload_activations": False}) not in roomy
+    ]
     rest = [f"{one.layout}: {_reason(one, taken)}" for one in others if one is not taken or not fitting]
     rest += [*_plain_head(student, taken), *refused]
     return replace(taken, rejected=tuple(rest), note=_on_ulysses(taken, fastest))

@@ -2,8 +2,8 @@
 
 ``varlen`` is torch's own variable-length flash attention, so it needs no further package and is pinned with torch. On
 the CPU a loop over the members stands in for the kernel; the kernel itself has not run on a GPU yet.
-transformers' ``flash_attention_2`` keeps the members of one row apart, but not those of several rows at once, and so
-does ours not need to care: rows are laid end to end.
+transformers' ``flash_attention_2`` keeps the members of one row apart, but not those of several rows at once; here rows
+are laid end to end, and a border is a border.
 """
 
 from __future__ import annotations

@@ -41,6 +41,15 @@ class Architecture(Settings):
     rms_eps: float
     parameters: int
 
+    def training_flops(self, tokens: float, squares: float, *, frozen: bool) -> float:
+        """Floating-point operations of training on ``tokens`` whose traces' squared lengths sum to ``squares``.
+
+        6 a parameter and token (4 where the base is ``frozen``: no gradient of its weights) and 6 x layers x hidden x
+        squares for causal attention (PaLM, arXiv 2204.02311, appendix B, halved for the mask; packed traces attend to
+        themselves alone). Recomputation does not count.
+        """
+        return (4 if frozen else 6) * self.parameters * tokens + 6 * self.layers * self.hidden * squares
+
     def to_config(self) -> PretrainedConfig:
         """The transformers configuration of this shape."""
         from transformers import AutoConfig

@@ -14,12 +14,12 @@ from typing import Any
 from tqdm import tqdm
 
 from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.students import tensors
 
 KINDS = ("dataset", "model")  # in the order in which they are uploaded: the model's card names the dataset's commit
 SUMS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks it, too
 CARD = "model-card.md"  # the model's card with its names and the dataset's commit left open
 MAX_FILE_BYTES = 50_000_000_000  # the Hub takes no larger file
-MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 CHUNK = 4 << 20
 
 
@@ -145,31 +145,21 @@ def safetensors_problem(file: Path) -> str:
     """What is wrong with a file's header or length, or ""; the tensors themselves are not read."""
     size = file.stat().st_size
     try:
-        length, header = _header(file)
+        length, header = tensors.head(file)
         whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"has a header that can't be read (the file has {size:,} bytes): it is cut off or damaged"
     return "" if size == whole else f"has {size:,} bytes, its header says {whole:,}: it is cut off or damaged"
 
 
-def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """The length of a safetensors header and its tensors; raises ValueError where it is none."""
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError("no header")
-        header = json.loads(handle.read(length))
-    return length, {name: entry for name, entry in header.items() if name != "__metadata__"}
-
-
 def _index_problems(file: Path, path: str) -> Iterator[str]:
     """An index and its shards: every tensor where the index says, and none beside them."""
     try:
         wanted: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        found = {shard: set(_header(file.parent / shard)[1]) for shard in set(wanted.values())}
+        found = {shard: set(tensors.head(file.parent / shard)[1]) for shard in set(wanted.values())}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield f"{path} can't be followed to its shards ({error})"
         return
-    for shard, tensors in sorted(found.items()):
-        if tensors != {name for name, place in wanted.items() if place == shard}:
+    for shard, held in sorted(found.items()):
+        if held != {name for name, place in wanted.items() if place == shard}:
             yield f"{path} and {shard} disagree about the tensors in it"

@@ -16,28 +16,6 @@ from r1distill.students.template import IGNORE
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
-
-PACK = "pack"  # a pack's number in its split, by which its rows are found
-
-
-def numbered(packs: Dataset) -> Dataset:
-    """The packs with their numbers."""
-    return packs.add_column(PACK, list(range(len(packs))))
-
-
-def collate(packs: list[dict[str, Any]], pad: int, rows: topk.TopK) -> dict[str, torch.Tensor]:
-    """``trainer.collate``, and topk_ids and topk_logprobs (N, k) of the N labels that take loss, in order.
-
-    Packs without a number (those of the validation) get none.
-    """
-    import torch
-
-    batch = trainer.collate(packs, pad)
-    if all(PACK in pack for pack in packs):
-        ids, logprobs = topk.concatenated(rows, [pack[PACK] for pack in packs])
-        batch |= {"topk_ids": torch.from_numpy(ids), "topk_logprobs": torch.from_numpy(logprobs)}
-    return batch
 
 
 def with_rows(together: Callable[[list[dict[str, Any]]], dict[str, Any]], rows: topk.TopK) -> Any:
@@ -46,10 +24,7 @@ def with_rows(together: Callable[[list[dict[str, Any]]], dict[str, Any]], rows: 
     def collate(packs: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
-        numbers = [pack[PACK] for pack in packs if pack[PACK] != EMPTY]
-        ids, logprobs = topk.concatenated(rows, numbers or [0])
-        if not numbers:
-            ids, logprobs = ids[:0], logprobs[:0]
+        ids, logprobs = topk.concatenated(rows, [pack["pack"] for pack in packs if pack["pack"] != EMPTY])
         return together(packs) | {"topk_ids": torch.from_numpy(ids), "topk_logprobs": torch.from_numpy(logprobs)}
 
     return collate
@@ -69,11 +44,6 @@ def trainer_class(distill: Distill, vocab: int) -> Any:
             return losses.sum() / num_items_in_batch * self.layout.processes  # that gradients are averaged over
 
     return Distilling
-
-
-def summed(model: Any, head: Any, inputs: Any, distill: Distill, vocab: int) -> torch.Tensor:
-    """The loss of a batch, summed over its labels; ``head`` is the model's output embedding."""
-    return token_losses(model, head, inputs, distill, vocab).sum()
 
 
 def token_losses(model: Any, head: Any, inputs: Any, distill: Distill, vocab: int) -> torch.Tensor:

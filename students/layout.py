@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from r1distill.data.config import Settings
 from r1distill.data.errors import RequestError
-from r1distill.students.catalogue import Attention, Launch, Sft, Student
+from r1distill.students.catalogue import Architecture, Attention, Launch, Sft, Student
 
 ACCELERATE, DEEPSPEED, SLURM = "accelerate.yaml", "deepspeed.json", "train.slurm"
 
@@ -102,31 +102,6 @@ class Layout(Settings):
         return ", ".join(parts)
 
 
-def default(
-    launch: Launch, *, nodes: int = 1, gpus_per_node: int = 0, hosts: Sequence[str] = (), device_tflops: float = 0
-) -> Layout:
-    """The layout without a planner: what ``launch`` says, else one process on the CPU, one a GPU sharded by FSDP2.
-
-    Raises RequestError where ``launch`` contradicts itself or the machine.
-    """
-    cpu = not gpus_per_node
-    per_node = launch.processes_per_node or gpus_per_node or 1
-    nodes = launch.nodes or nodes
-    strategy = launch.strategy
-    if strategy == "auto":
-        strategy = "one" if nodes * per_node == 1 else "ddp" if cpu else "fsdp2"
-    return build(
-        launch,
-        strategy=strategy,
-        nodes=nodes,
-        processes_per_node=per_node,
-        cpu=cpu,
-        device_tflops=device_tflops,
-        hosts=tuple(hosts) if nodes > 1 else (),
-        liger=not cpu if launch.liger is None else launch.liger,
-    )
-
-
 def build(launch: Launch, **chosen: Any) -> Layout:
     """A layout of the ``chosen`` values, over which go those that the user's ``launch`` sets.
 
@@ -143,10 +118,16 @@ def build(launch: Launch, **chosen: Any) -> Layout:
         ) from None
 
 
+def shares_heads(layout: Layout, shape: Architecture) -> bool:
+    """Whether Ulysses can share the attention heads out evenly."""
+    degree = layout.sequence_parallel
+    return not (shape.heads % degree or (shape.kv_heads % degree and degree % shape.kv_heads))
+
+
 def check(layout: Layout, student: Student) -> None:
     """Raise RequestError where this student can't be trained so: heads that can't be shared out, hosts not named."""
     shape, degree = student.architecture, layout.sequence_parallel
-    if shape.heads % degree or (shape.kv_heads % degree and degree % shape.kv_heads):
+    if not shares_heads(layout, shape):
         raise RequestError(
             f"sequence_parallel {degree} can't share {shape.heads} heads and {shape.kv_heads} key-value heads out "
             "evenly. Set student.sft.launch.sequence_parallel to a divisor of the heads."

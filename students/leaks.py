@@ -14,7 +14,8 @@ from typing import Any
 
 from r1distill.data.config import ROOT
 from r1distill.data.errors import R1DistillError
-from r1distill.students.inventory import MAX_HEADER_BYTES, Entry
+from r1distill.students.inventory import Entry
+from r1distill.students.tensors import MAX_HEADER_BYTES
 
 KEY = re.compile(
     rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[opsu]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,}"

@@ -68,9 +68,8 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     by_room: dict[int, list[int]] = {}  # free tokens -> bins with that much room
     rooms: list[int] = []  # the keys of by_room, sorted
     sizes = np.asarray(lengths)
-    for index, size in zip(
-        *((order := np.argsort(-sizes, kind="stable")).tolist(), sizes[order].tolist()), strict=True
-    ):
+    order = np.argsort(-sizes, kind="stable")
+    for index, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
         place = bisect.bisect_left(rooms, size)
         if place == len(rooms):
             room, target = capacity, len(bins)

@@ -183,6 +183,7 @@ def _metrics(training: Any, history: list[dict[str, float]], meter: tracking.Met
     steps = training.state.global_step
     return {
         "steps": steps,
+        **({"resumed_from_step": meter.first} if meter.first else {}),
         "tokens": int(meter.tokens[:steps].sum()),
         "first_loss": losses[0],
         "last_loss": losses[-1],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from r1distill.students.dequantise import GgufWeights, Weights
+from r1distill.students.tensors import shapes
 
 # What a variant takes from the checkpoint as it is; AutoRound writes these files in its own way.
 KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -29,7 +30,7 @@ def check_tensors(variant: Path, checkpoint: Path) -> Iterator[str]:
     """What is wrong with a variant in safetensors."""
     import torch
 
-    theirs, ours = _names(checkpoint), _names(variant)
+    theirs, ours = shapes(checkpoint), shapes(variant)
     for name, shape, tensor in _tensors(variant):
         numbers = tensor.float() if tensor.is_floating_point() else tensor
         if tensor.is_floating_point() and not torch.isfinite(numbers).all():
@@ -64,17 +65,6 @@ def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
                 yield name, tuple(tensor.shape), tensor
 
 
-def _names(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a folder's tensors, from the heads of its files."""
-    from safetensors import safe_open
-
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as handle:
-            found |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-    return found
-
-
 def check_gguf(values: GgufWeights, checkpoint: Path) -> Iterator[str]:
     """What is wrong with a GGUF file."""
     import numpy as np
@@ -106,7 +96,7 @@ def check_gguf(values: GgufWeights, checkpoint: Path) -> Iterator[str]:
         elif not whole:
             yield f"token {here}, {name}, is not read as one token"
     names = set(values.tensors)
-    count = len(_names(checkpoint))
+    count = len(shapes(checkpoint))
     if len(names - {"rope_freqs.weight"}) != count:
         yield f"it holds {len(names)} tensors, the checkpoint {count}"
     if (rope.get("rope_type") == "llama3") != ("rope_freqs.weight" in names):

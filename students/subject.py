@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from r1distill.data.config import load, names
 from r1distill.data.errors import RequestError
 from r1distill.data.thinking import CLOSE, OPEN
+from r1distill.students import tensors
 from r1distill.students.catalogue import Architecture, Student
 from r1distill.students.template import ASSISTANT, BOS, EOS, TEMPLATES, USER, Message, Template, encode
 
@@ -208,15 +209,9 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
     return loaded
 
 
-def shapes(folder: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors in a folder's safetensors files, from their headers."""
-    found: dict[str, list[int]] = {}
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            header = handle.read(min(size, file.stat().st_size))
-        try:
-            found |= {name: tensor["shape"] for name, tensor in json.loads(header).items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError) as error:
-            raise RequestError(damaged(file, error)) from None
-    return found
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a folder's safetensors files; raises RequestError where one is damaged."""
+    try:
+        return tensors.shapes(folder)
+    except ValueError as error:
+        raise RequestError(damaged(folder, error)) from None

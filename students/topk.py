@@ -201,18 +201,24 @@ class TopK:
         ids = whole.view("<i4")[:, :, 0]
         return np.where(ids == PADDING, -1, ids), logprobs.astype(np.float32), own.astype(np.float32)
 
+    @property
+    def none(self) -> tuple[np.ndarray, np.ndarray]:
+        """What a pack without labels has."""
+        k = self.shards[0].k
+        return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
+
     def of(self, pack: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids (N, k) int32, log-probabilities (N, k) float32) of a pack's N labels that take loss; -1 is padding."""
         number = next(place for place, shard in enumerate(self.shards) if shard.first <= pack < shard.last)
         shard = self.shards[number]
         if not self.counts[pack]:
-            return np.zeros((0, shard.k), np.int32), np.zeros((0, shard.k), np.float32)
+            return self.none
         first = int(self.starts[pack] - self.starts[shard.first])
         ids, logprobs, _ = self._read(number, slice(first, first + int(self.counts[pack])))
         return ids, logprobs
 
 
 def concatenated(topk: TopK, packs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of several packs, one after the other."""
-    parts = [topk.of(pack) for pack in packs]
+    """The rows of several packs, or of none, one after the other."""
+    parts = [topk.none, *map(topk.of, packs)]
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([logprobs for _, logprobs in parts])

@@ -42,16 +42,6 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def flops(architecture: Architecture, tokens: float, squares: float, adapter: bool) -> float:
-    """Floating-point operations of training on ``tokens`` whose members' squared lengths sum to ``squares``.
-
-    6 a parameter and token (4 where the base is frozen: no gradient of its weights) and 6 x layers x hidden x squares
-    for causal attention (PaLM, arXiv 2204.02311, appendix B, halved for the mask). Recomputation does not count.
-    """
-    attention = 6 * architecture.layers * architecture.hidden * squares
-    return (4 if adapter else 6) * architecture.parameters * tokens + attention
-
-
 class Meter:
     """Figures of each step, from the schedule and a clock: nothing is asked of other processes."""
 
@@ -76,7 +66,7 @@ class Meter:
 
     def start(self, step: int) -> None:
         """Training begins after ``step`` steps."""
-        self._first, self._began, self._last = step, time.monotonic(), time.monotonic()
+        self.first, self._began, self._last = step, time.monotonic(), time.monotonic()
 
     def read(self, step: int) -> dict[str, float]:
         """The figures of the step that has just ended, counted from 1."""
@@ -84,13 +74,13 @@ class Meter:
         seconds, tokens, self._last = max(now - self._last, 1e-9), int(self.tokens[step - 1]), now
         told = {"tokens_per_second": tokens / seconds, "padding_share": float(self.padding[step - 1])}
         if self.peak_flops:
-            done = flops(self.architecture, tokens, float(self.squares[step - 1]), self.adapter)
+            done = self.architecture.training_flops(tokens, float(self.squares[step - 1]), frozen=self.adapter)
             told["mfu"] = done / seconds / self.peak_flops
         return told
 
     def mean_tokens_per_second(self, step: int) -> float:
         """Over all steps since the start."""
-        return float(self.tokens[self._first : step].sum() / max(time.monotonic() - self._began, 1e-9))
+        return float(self.tokens[self.first : step].sum() / max(time.monotonic() - self._began, 1e-9))
 
 
 def stop(

@@ -11,11 +11,9 @@ import shlex
 from typing import Any
 
 from r1distill.data.thinking import OPEN
+from r1distill.students.base import SAMPLING
 from r1distill.students.catalogue import GgufVariant, Student
 from r1distill.students.template import TEMPLATES, Template
-
-# Sampling as DeepSeek publishes it for these models; greedy reasoning falls into loops.
-TEMPERATURE, TOP_P = 0.6, 0.95
 
 
 def go_template(template: Template) -> str:
@@ -56,8 +54,8 @@ def modelfile(student: Student, gguf: str) -> str:
         [
             f"FROM ./{gguf}",
             f'TEMPLATE """{go_template(template)}"""',
-            f"PARAMETER temperature {TEMPERATURE}",
-            f"PARAMETER top_p {TOP_P}",
+            f"PARAMETER temperature {SAMPLING['temperature']}",
+            f"PARAMETER top_p {SAMPLING['top_p']}",
             f"PARAMETER num_ctx {student.packs.context_tokens}",
             f'PARAMETER stop "{template.end}"',
             "",

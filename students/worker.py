@@ -46,10 +46,8 @@ def run(
     """
     work.mkdir(parents=True, exist_ok=True)
     name = module.rpartition(".")[2]
-    file, logs = (
-        work / f"{name}.json",
-        [work / f"{name}{f'-{rank}' * bool(rank)}.log" for rank in range(len(launchers))],
-    )
+    file = work / f"{name}.json"
+    logs = [work / f"{name}{f'-{rank}' if rank else ''}.log" for rank in range(len(launchers))]
     file.write_text(json.dumps(job))
     processes: list[subprocess.Popen[str]] = []
     failure: dict[str, Any] = {}

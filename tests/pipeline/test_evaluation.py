@@ -71,7 +71,7 @@ def out(tmp_path) -> Path:
 def test_a_model_is_asked_with_deepseeks_settings_and_judged_by_its_final_answer(tmp_path, out, fast_model):
     server = fast_model(one_of_each)
     bench = benchmark(tmp_path, QUESTIONS)
-    answers = evaluation.answers([bench], [contender(server.url)], tmp_path, out, workers=1)
+    answers = evaluation.answers(evaluation.asked([bench], [contender(server.url)]), tmp_path, out, workers=1)
     assert len(server.bodies) == 12
     for body in server.bodies:
         assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.6, 0.95, 32768)
@@ -91,26 +91,28 @@ def test_a_model_is_asked_with_deepseeks_settings_and_judged_by_its_final_answer
 def test_nothing_is_asked_or_judged_twice(tmp_path, out, fast_model):
     server = fast_model(one_of_each)
     bench = benchmark(tmp_path, QUESTIONS)
-    first = evaluation.answers([bench], [contender(server.url)], tmp_path, out, workers=1)
+    first = evaluation.answers(evaluation.asked([bench], [contender(server.url)]), tmp_path, out, workers=1)
     server.close()
     (tmp_path / "again").mkdir()
-    again = evaluation.answers([bench], [contender(server.url)], tmp_path, tmp_path / "again", workers=1)
+    again = evaluation.answers(
+        evaluation.asked([bench], [contender(server.url)]), tmp_path, tmp_path / "again", workers=1
+    )
     assert again == first  # with nobody there to ask
 
 
 def test_more_samples_ask_only_for_the_new_ones(tmp_path, out, fast_model):
     server = fast_model(one_of_each)
     bench = benchmark(tmp_path, QUESTIONS)
-    evaluation.answers([bench], [contender(server.url)], tmp_path, out, workers=1)
+    evaluation.answers(evaluation.asked([bench], [contender(server.url)]), tmp_path, out, workers=1)
     more = bench.model_copy(update={"k": 6})
-    assert len(evaluation.answers([more], [contender(server.url)], tmp_path, out, workers=1)) == 18
+    assert len(evaluation.answers(evaluation.asked([more], [contender(server.url)]), tmp_path, out, workers=1)) == 18
     assert len(server.bodies) == 18
 
 
 def test_a_variant_may_be_asked_less(tmp_path, out, fast_model):
     server = fast_model(one_of_each)
     few = contender(server.url, limit=2, samples=3)
-    answers = evaluation.answers([benchmark(tmp_path, QUESTIONS)], [few], tmp_path, out, workers=1)
+    answers = evaluation.answers(evaluation.asked([benchmark(tmp_path, QUESTIONS)], [few]), tmp_path, out, workers=1)
     assert len(answers) == len(server.bodies) == 6
     assert summary(answers)["k"] == 3 and summary(answers)["questions"] == 2
 
@@ -135,7 +137,7 @@ def test_a_private_benchmarks_text_is_in_no_file_that_could_be_published(tmp_pat
     server = fast_model(
         lambda question, number: f"{SECRET}, hm.\n</think>\n\nIt says: {SECRET}.\n\nANSWER: {'ABCD'[number]}"
     )
-    answers = evaluation.answers([bench], [contender(server.url)], tmp_path, out, workers=1)
+    answers = evaluation.answers(evaluation.asked([bench], [contender(server.url)]), tmp_path, out, workers=1)
     assert summary(answers)["accuracy"] == 0.25  # each letter once
     assert summary(answers)["cons_ties"] == 6
     (message,) = server.bodies[0]["messages"]
@@ -164,17 +166,21 @@ def test_a_recorded_run_is_scored_without_a_server(tmp_path, out):
     source = FileSource(kind="file", path=str(file), license="mit")
     recorded = RecordedTeacher(kind="recorded", name="twin", prompts="", source=source, model="m", opens_thinking=True)
     one = Contender("twin", recorded, "x", None, True)
-    row = summary(evaluation.answers([benchmark(tmp_path, QUESTIONS)], [one], tmp_path, out, workers=1))
+    row = summary(
+        evaluation.answers(evaluation.asked([benchmark(tmp_path, QUESTIONS)], [one]), tmp_path, out, workers=1)
+    )
     assert (row["accuracy"], row["k"], row["mean_tokens"]) == (0.75, 4, None)  # the first four of five answers
     more = [*QUESTIONS, {"question": "Asked of nobody?", "reference_answer": "1"}]
     with pytest.raises(RequestError, match="no answer to 1 of the 4 questions"):
-        evaluation.answers([benchmark(tmp_path, more)], [one], tmp_path, out, workers=1)
+        evaluation.answers(evaluation.asked([benchmark(tmp_path, more)], [one]), tmp_path, out, workers=1)
 
 
 def test_failing_requests_are_no_wrong_answers(tmp_path, out, fast_model):
     server = fast_model(lambda question, number: ("", "stop"))  # nothing that can be used
     with pytest.raises(R1DistillError, match="12 of 12 requests of model on sums failed"):
-        evaluation.answers([benchmark(tmp_path, QUESTIONS)], [contender(server.url)], tmp_path, out, workers=1)
+        evaluation.answers(
+            evaluation.asked([benchmark(tmp_path, QUESTIONS)], [contender(server.url)]), tmp_path, out, workers=1
+        )
 
 
 # The command.

@@ -350,6 +350,16 @@ def test_students_are_served_in_layouts_that_share_out_their_heads():
     assert "data-parallel-size" not in stageplan.student_options(mine, named("8xh100"), 32_768)
 
 
+def test_processes_and_liger_are_chosen_where_the_user_leaves_them_open():
+    here, node = named("laptop"), named("8xh100")
+    assert training.choose(student("smollm2-135m"), here, 100).layout.strategy == "one"
+    two = student("smollm2-135m", **{"sft.launch.processes_per_node": 2})
+    assert training.choose(two, here, 100).layout.strategy == "ddp"
+    assert training.choose(student("qwen-7b"), node, 5355).layout.liger
+    assert not training.choose(student("qwen-7b", **{"sft.launch.liger": False}), node, 5355).layout.liger
+    assert not training.choose(student("smollm2-135m"), here, 100).layout.liger
+
+
 def test_gguf_files_are_answered_on_the_cpu_and_counted_so():
     benchmarks = [load("benchmarks", "aime2024", Benchmark)]
 

@@ -14,7 +14,7 @@ import pytest
 
 from r1distill.data import schema
 from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.students import checkpoints, kd, layout, logits, packing, sft, topk
+from r1distill.students import checkpoints, kd, layout, logits, packing, schedule, sft, topk, trainer
 from r1distill.students.catalogue import Student
 
 TERMS = {"k": 8, "temperature": 2.0, "kl_weight": 0.7, "ce_weight": 0.3}
@@ -153,18 +153,25 @@ def test_another_vocabulary_is_refused(tiny_base: Path, tiny_r1_base: Path) -> N
         logits.check_vocabulary(mine, other, "the other")
 
 
+def collated(packs: Path, rows: topk.TopK, every: int = 1, first: int = 0):
+    """One batch of every ``every``-th pack, by the training's own collator."""
+    read = schedule.Packs(table(packs), pad=0)
+    chosen = [read[number] for number in range(first, len(read), every)]
+    return kd.with_rows(trainer.collator(layout.Layout(), pad=0), rows)(chosen)
+
+
 def gradients(student: Student, packs: Path, rows: topk.TopK, shift: int = 0):
     """(loss, named gradients) of one batch of all packs by the trainer's own loss."""
     import torch
-    from datasets import load_from_disk
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(student.base.path, dtype=torch.float32)  # type: ignore[union-attr]
-    batch = kd.collate(list(kd.numbered(load_from_disk(str(packs / "train")))), pad=0, rows=rows)
+    batch = collated(packs, rows)
     batch["topk_ids"], batch["topk_logprobs"] = (batch[name].roll(shift, 0) for name in ("topk_ids", "topk_logprobs"))
     assert student.distill
-    total = kd.summed(model, model.get_output_embeddings(), batch, student.distill, student.architecture.vocab)
+    vocab = student.architecture.vocab
+    total = kd.token_losses(model, model.get_output_embeddings(), batch, student.distill, vocab).sum()
     assert "forward" not in vars(model.get_output_embeddings())
     total.backward()
     return total.item(), {name: weight.grad for name, weight in model.named_parameters()}
@@ -228,7 +235,7 @@ for layer in model.model.layers:
 fully_shard(model, mesh=mesh)
 batch = torch.load(folder / f"batch{get_rank()}.pt", weights_only=True)
 distill = Distill.model_validate_json((folder / "distill.json").read_text())
-kd.summed(model, model.get_output_embeddings(), batch, distill, 320).backward()
+kd.token_losses(model, model.get_output_embeddings(), batch, distill, 320).sum().backward()
 grads = {name: weight.grad.full_tensor() for name, weight in model.named_parameters()}
 if get_rank() == 0:
     torch.save(grads, folder / "grads.pt")
@@ -240,12 +247,10 @@ destroy_process_group()
 def test_a_sharded_head_gives_the_same_gradients(student: Student, packs: Path, scored: Path, tmp_path: Path) -> None:
     """Two processes, each with half of the packs and half of every weight (torch's fully_shard over gloo)."""
     import torch
-    from datasets import load_from_disk
 
     rows = topk.TopK(scored, table(packs))
-    read = list(kd.numbered(load_from_disk(str(packs / "train"))))
     for rank in range(2):
-        torch.save(kd.collate(read[rank::2], pad=0, rows=rows), tmp_path / f"batch{rank}.pt")
+        torch.save(collated(packs, rows, every=2, first=rank), tmp_path / f"batch{rank}.pt")
     assert student.distill
     (tmp_path / "distill.json").write_text(student.distill.model_dump_json())
     (tmp_path / "sharded.py").write_text(SHARDED)
@@ -268,7 +273,7 @@ def test_a_student_learns_from_the_logits(student: Student, packs: Path, tmp_pat
     result = logits.build(student, packs, tmp_path / "logits", tmp_path / "home")
     result.check("logits")
     assert result.metrics["k"] == TERMS["k"] and result.kept == int(topk.targets(table(packs)).sum())
-    spread = layout.default(student.sft.launch)
+    spread = layout.build(student.sft.launch)
     done = sft.build(student, packs, tmp_path / "out", tmp_path / "home", spread, logits=tmp_path / "logits")
     assert done.metrics["last_loss"] < done.metrics["first_loss"] and done.metrics["validation_loss"] > 0
     assert checkpoints.last_good(tmp_path / "out" / ".work" / "checkpoints")

@@ -54,13 +54,13 @@ def test_a_layout_that_contradicts_itself_is_refused(values: dict) -> None:
 
 
 def test_what_the_user_wants_goes_over_what_is_chosen() -> None:
-    assert layout.default(Launch()) == Layout()
-    assert layout.default(Launch(processes_per_node=2)).strategy == "ddp"
-    chosen = layout.default(Launch(checkpointing=False, packs_per_batch=2), nodes=2, gpus_per_node=8, hosts=("a", "b"))
-    assert (chosen.strategy, chosen.processes, chosen.liger) == ("fsdp2", 16, True)
+    assert layout.build(Launch()) == Layout()
+    node: dict = {"strategy": "fsdp2", "processes_per_node": 8, "cpu": False}
+    chosen = layout.build(Launch(checkpointing=False, packs_per_batch=2), **node, nodes=2, hosts=("a", "b"))
+    assert (chosen.strategy, chosen.processes) == ("fsdp2", 16)
     assert (chosen.checkpointing, chosen.packs_per_batch) == (False, 2)
     with pytest.raises(RequestError, match="sequence_parallel needs the strategy zero3.*student.sft.launch"):
-        layout.default(Launch(sequence_parallel=2), gpus_per_node=8)
+        layout.build(Launch(sequence_parallel=2), **node)
 
 
 def test_a_layout_survives_json() -> None:

@@ -44,9 +44,16 @@ def packs(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
+def spread_of(student: Student) -> Layout:
+    """As many processes on this CPU as the student's file says."""
+    count = student.sft.launch.processes_per_node or 1
+    strategy = "one" if count == 1 else "ddp"
+    return layout.build(student.sft.launch, strategy=strategy, processes_per_node=count)
+
+
 def trained(student: Student, packs: Path, out: Path, spread: Layout | None = None):
     (out / ".work").mkdir(parents=True, exist_ok=True)
-    return sft.build(student, packs, out, out / "home", spread or layout.default(student.sft.launch))
+    return sft.build(student, packs, out, out / "home", spread or spread_of(student))
 
 
 def with_sft(student: Student, **changes) -> Student:
@@ -131,7 +138,7 @@ def test_two_processes_killed_while_saving_and_resumed_on_two_nodes_end_as_one_u
         "import sys, pathlib\nfrom r1distill.students import layout, sft\n"
         "from r1distill.students.catalogue import Student\n"
         "a = sys.argv\ns = Student.model_validate_json(a[1])\n"
-        "sft.build(s, *map(pathlib.Path, a[2:]), layout.default(s.sft.launch))"
+        "sft.build(s, *map(pathlib.Path, a[2:]), layout.build(s.sft.launch, strategy='ddp', processes_per_node=2))"
     )
     command = [sys.executable, "-c", code, two.model_dump_json(), str(folder), str(out), str(out / "home")]
     caller = subprocess.Popen(command)

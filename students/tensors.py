@@ -1,0 +1,35 @@
+"""The heads of safetensors files: names, shapes and places of the tensors, without a byte of the tensors themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
+
+
+def head(file: Path) -> tuple[int, dict[str, Any]]:
+    """The length of a file's header in bytes, and its tensors ({name: {dtype, shape, data_offsets}}).
+
+    Raises ValueError where it has none that can be read: it is cut off or damaged.
+    """
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError("no header")
+        found = json.loads(handle.read(length))
+    if not isinstance(found, dict):
+        raise ValueError("a header that is no mapping")
+    return length, {name: entry for name, entry in found.items() if name != "__metadata__"}
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in a folder's files. Raises ValueError, with the file, as ``head`` does."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            found |= {name: tuple(entry["shape"]) for name, entry in head(file)[1].items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from None
+    return found
