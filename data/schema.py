@@ -109,6 +109,21 @@ PACK = pa.schema(
     ]
 )
 
+# What a student answered while it learned from its own answers.
+ROLLOUT = pa.schema(
+    [
+        ("step", _INT),  # of the training, from 1
+        ("number", _INT),  # in the step, over all processes; answers to one prompt stand together
+        ("prompt_id", _TEXT),
+        ("completion", _TEXT),  # as a server would give it: without its end token
+        ("token_ids", pa.list_(pa.int32())),  # exactly what was sampled, with the end token where there is one
+        ("finish_reason", _TEXT),  # stop, length
+        ("verdicts", pa.list_(pa.struct([("check", _TEXT), ("outcome", _TEXT), ("reason", _TEXT)]))),
+        ("reward", pa.float64()),  # null where nothing was learned from it
+        ("advantage", pa.float64()),  # null as well
+    ]
+)
+
 
 class TableWriter:
     """Writes rows of one schema into ``folder``; see ``writing``."""

@@ -305,11 +305,11 @@ def evaluate(
     if model is None:
         if endpoint is not None:
             raise RequestError("--endpoint needs --model: what the server calls the model.")
-        step = runner.chain(run, "checkpoint")[-1]
+        step = runner.chain(run, "beyond")[-1]  # of a student without that stage it is the checkpoint
         if step.sealed() is None:
             raise RequestError(
                 f"there is no checkpoint of '{run.student.name}' yet ({step.path}). Make it: make distill "
-                f"STUDENT={run.student.name} UNTIL=checkpoint; or name another: --model"
+                f"STUDENT={run.student.name} UNTIL={step.stage.name}; or name another: --model"
             )
         model = str(step.path)
     artifact = checkup.evaluate(run, checkup.Wanted(model, endpoint, key_variable, thinks), wanted, checkpoint=own)

@@ -78,7 +78,7 @@ def write(home: Path, student: str, out: Path) -> list[Path]:
 
 def chain(home: Path, student: str) -> dict[str, tuple[Path, Manifest]]:
     """The newest artifacts of a student and all that they were made from: {stage: (folder, manifest)}, in order."""
-    for stage in ("publication", "scores", "variants", "checkpoint", "packs"):
+    for stage in ("publication", "scores", "variants", "beyond", "checkpoint", "packs"):
         if newest := newest_of(home, stage, student):
             found = {stage: newest}
             todo = [newest[1]]

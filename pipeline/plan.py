@@ -23,7 +23,7 @@ from r1distill.pipeline.hardware import Hardware, detect, named
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.stageplan import StagePlan
 from r1distill.pipeline.workload import Workload, mean_tokens, workload
-from r1distill.students.catalogue import Student
+from r1distill.students.catalogue import OnPolicy, Student
 from r1distill.students.layout import Layout
 from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher
 
@@ -127,6 +127,7 @@ def plan(
     stages = (
         replace(stageplan.traces(teacher, hardware, work), subject=teacher.name),
         replace(stageplan.checkpoint(student, hardware, work, choice), subject=student.name),
+        *(replace(one, subject=student.name) for one in _beyond(student, hardware, mean_tokens(student, work))),
         replace(stageplan.variants(student, hardware), subject=student.name),
         replace(stageplan.scores(student, teacher, hardware, benchmarks), subject=student.name),
     )
@@ -153,6 +154,7 @@ def of_run(run: Run) -> Plan:
 def _repositories(run: Run) -> list[tuple[Kind, str]]:
     """What a run would take from the Hub."""
     models = [run.student.base, *([run.teacher.model] if isinstance(run.teacher, VllmTeacher) else [])]
+    models += [run.student.beyond.teacher] if isinstance(run.student.beyond, OnPolicy) else []
     sources = [*run.prompts.sources, *(bench.source for bench in [*run.benchmarks, *run.held_out])]
     sources += [run.teacher.source] if isinstance(run.teacher, RecordedTeacher) else []
     found: list[tuple[Kind, str]] = [("model", one.repo) for one in models if isinstance(one, HubModel)]
@@ -164,6 +166,23 @@ def training_layout(run: Run) -> Layout:
     """How the run's training is spread over its hardware."""
     work = workload(run.student, run.teacher, run.prompts)
     return training.choose(run.student, run.hardware, mean_tokens(run.student, work)).layout
+
+
+def beyond_layout(run: Run) -> Layout:
+    """The same for the stage beyond, which can't cut a sequence over several processes."""
+    work = workload(run.student, run.teacher, run.prompts)
+    return training.choose(_uncut(run.student), run.hardware, mean_tokens(run.student, work)).layout
+
+
+def _beyond(student: Student, hardware: Hardware, mean: float) -> list[StagePlan]:
+    if student.beyond is None:
+        return []
+    return [stageplan.beyond(student, hardware, training.choose(_uncut(student), hardware, mean))]
+
+
+def _uncut(student: Student) -> Student:
+    launch = student.sft.launch.model_copy(update={"sequence_parallel": 1})
+    return student.model_copy(update={"sft": student.sft.model_copy(update={"launch": launch})})
 
 
 def record(run: Run, stage: str, metrics: Mapping[str, Any], seconds: float, peak_gib: float) -> None:
@@ -225,7 +244,7 @@ def _only(answer: Plan, stages: Sequence[str]) -> Plan:
     """The plan without the stages that won't run; the disk is counted where one that fills it does, and without the
     traces: how many there will be is assumed here, and refuses nobody."""
     kept = tuple(stage for stage in answer.stages if not stages or stage.stage in stages)
-    trains = not stages or {"checkpoint", "variants", "scores"} & set(stages)
+    trains = not stages or {"checkpoint", "beyond", "variants", "scores"} & set(stages)
     counted = [part for part in answer.disk if part == "teacher" or (trains and part != "traces and packs")]
     return replace(answer, stages=kept, disk={part: answer.disk[part] for part in counted})
 

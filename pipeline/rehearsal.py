@@ -79,11 +79,12 @@ class Rehearsal:
         changes: Sequence[str] = (),
         until: str | None = None,
     ) -> None:
-        self.stages = runner.stage_names(until)
         overrides = parse_overrides(changes, SECTIONS)["student"]
         if lora:
             overrides |= {"sft.method": LORA}
         self.student = load("students", student, Student, overrides)
+        optional = {"logits": self.student.distill, "beyond": self.student.beyond}
+        self.stages = [name for name in runner.stage_names(until) if optional.get(name, True) is not None]
         self.name = self.student.name + ("-lora" if lora else "")
         self.folder = under / self.name
         self.home = self.folder / "runs"
@@ -274,9 +275,17 @@ class Rehearsal:
             few["kl_tokens"] = 256
             variant |= {key: min(value, variant[key]) for key, value in few.items() if key in variant}
             variant["gate"] = {"min_recovered": 0, "max_truncation_rise": 1, "max_loop_rise": 1, "max_kl": None}
+        base = {"kind": "folder", "path": str(self.base)}
+        for key in ("distill", "beyond"):  # the base has the student's vocabulary: it will do as their teacher
+            if "teacher" in whole.get(key, {}):
+                whole[key]["teacher"] = base
+        if beyond := whole.get("beyond"):
+            few = {"steps": 2, "prompts_per_step": 2, "group_size": 2, "save_steps": 1}
+            beyond |= {name: min(value, beyond[name]) for name, value in few.items() if name in beyond}
+            beyond |= {"max_completion_tokens": ANSWER_TOKENS, "rollouts": "transformers"}
         return {
             **whole,
-            "base": {"kind": "folder", "path": str(self.base)},
+            "base": base,
             "architecture": {**whole["architecture"], **SHAPE, "parameters": 1},
             "packs": {**whole["packs"], "context_tokens": CONTEXT_TOKENS},
             "gate": {},

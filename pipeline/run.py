@@ -15,7 +15,7 @@ from r1distill.data.errors import RequestError
 from r1distill.data.settings import Benchmark, PromptSet
 from r1distill.data.verify import sandbox
 from r1distill.pipeline.hardware import Hardware, named
-from r1distill.students.catalogue import Student
+from r1distill.students.catalogue import OnPolicy, Student
 from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher, load_teacher
 
 if TYPE_CHECKING:
@@ -155,6 +155,14 @@ class Run:
     def identity_of_checkpoint(self) -> dict[str, Any]:
         return self.identity_of_student("sft", "architecture", *(["distill"] if self.student.distill else []))
 
+    def identity_of_beyond(self) -> dict[str, Any]:
+        """Its own settings, its teacher, and how answers are asked for and judged; the checkpoint decides the rest."""
+        beyond, rules = self.student.beyond, self.prompts.verdicts.identity()
+        assert beyond
+        teacher = [beyond.teacher.identity(), models.revision(beyond.teacher)] if isinstance(beyond, OnPolicy) else None
+        asked = {"instruction": self.prompts.instruction, "held_out": self.prompts.dataset.validation_share}
+        return {"beyond": beyond.identity(), "teacher": teacher, "rules": rules, **asked}
+
     def identity_of_variants(self) -> dict[str, Any]:
         """How variants are made; their gates belong to the scores."""
         made = {
@@ -194,7 +202,14 @@ class Run:
     def lineage(self) -> dict[str, Any]:
         """Names and revisions for the student's card."""
         base = {"base": models.title(self.student.base), "base_revision": self.base_revision}
-        return {"student": self.student.name, **base, **self.lineage_of_data()}
+        return {"student": self.student.name, **base, **self._lineage_of_beyond(), **self.lineage_of_data()}
+
+    def _lineage_of_beyond(self) -> dict[str, Any]:
+        beyond = self.student.beyond
+        if not isinstance(beyond, OnPolicy):
+            return {"beyond": "GRPO on its own answers"} if beyond else {}
+        teacher = f"{models.title(beyond.teacher)}@{models.revision(beyond.teacher)}"
+        return {"beyond": "on-policy distillation", "beyond_teacher": teacher}
 
 
 def _with(hardware: Hardware, changes: dict[str, Any]) -> Hardware:

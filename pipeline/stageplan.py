@@ -19,7 +19,7 @@ from r1distill.pipeline.footprint import Footprint
 from r1distill.pipeline.hardware import GIB, Hardware
 from r1distill.pipeline.training import Choice
 from r1distill.pipeline.workload import Workload, questions_asked
-from r1distill.students.catalogue import Student
+from r1distill.students.catalogue import Grpo, Student
 from r1distill.teacher.serve import CPU_ENVIRONMENT
 from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, Teacher, VllmTeacher
 
@@ -339,6 +339,29 @@ def checkpoint(student: Student, hardware: Hardware, work: Workload, choice: Cho
     return replace(answer, note=note).at(tokens, choice.tokens_per_second, hardware)
 
 
+def beyond(student: Student, hardware: Hardware, choice: Choice) -> StagePlan:
+    """Learning from its own answers, in the layout that was chosen for it: the training's memory is a part of it."""
+    settings = student.beyond
+    assert settings
+    kind = "GRPO" if isinstance(settings, Grpo) else "on-policy distillation"
+    answers = settings.steps * settings.answers_per_step
+    name = f"{kind} on {answers:,} answers of its own"
+    answer = StagePlan(
+        "beyond",
+        name,
+        choice.fits,
+        "the machine" if choice.layout.cpu else "a GPU",
+        choice.memory,
+        choice.available_gib,
+        str(choice.layout),
+        host=choice.host,
+        host_available_gib=choice.host_available_gib,
+        tokens=answers * (settings.max_completion_tokens or student.packs.context_tokens),
+        note="the most tokens that it can write. Not estimated: its hours, and the memory of sampling and of a teacher",
+    )
+    return answer if choice.fits else replace(answer, reason=f"{name}: {answer.shortage}.")
+
+
 def variants(student: Student, hardware: Hardware) -> StagePlan:
     """Quantising, block by block, in the machine's memory and, where there is one, on one GPU."""
     if not student.variants:
@@ -386,7 +409,7 @@ def disk(student: Student, teacher: Teacher, work: Workload) -> Memory:
         **({"teacher": model.weights_bytes / GIB} if model else {}),
         "traces and packs": (work.tokens or 0) * (TEXT_BYTES + PACK_BYTES) / GIB,
         **({"logits": (work.tokens or 0) * student.distill.bytes_per_token / GIB} if student.distill else {}),
-        "base and student": 2 * footprint.BF16 * parameters / GIB,
+        "base and student": (3 if student.beyond else 2) * footprint.BF16 * parameters / GIB,
         "training checkpoints": 2 * states / GIB,
         "variants": len(student.variants) * parameters / GIB,
     }

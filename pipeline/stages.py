@@ -149,7 +149,35 @@ def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
 
 
 @stage(
-    reads=("dataset", "checkpoint"),
+    reads=("prompts", "checkpoint"),
+    label=lambda run: run.student.name,
+    decides=lambda run: run.identity_of_beyond(),
+    wanted=lambda run: run.student.beyond is not None,
+)
+def beyond(run: Run, inputs: Inputs, out: Path) -> Result:
+    """The checkpoint trained further on its own answers: GRPO, or a teacher's probabilities. Later stages take it."""
+    from r1distill.pipeline import plan
+    from r1distill.students import beyond
+
+    return beyond.build(
+        run.student,
+        **inputs,
+        out=out,
+        home=run.home,
+        spread=plan.beyond_layout(run),
+        rules=run.prompts.verdicts,
+        instruction=run.prompts.instruction,
+        validation_share=run.prompts.dataset.validation_share,
+    )
+
+
+def trained(inputs: Inputs) -> Path:
+    """The checkpoint that the student ends with: that of ``beyond`` where there is one."""
+    return inputs.get("beyond", inputs["checkpoint"])
+
+
+@stage(
+    reads=("dataset", "checkpoint", "beyond"),
     version=2,
     label=lambda run: run.student.name,
     decides=lambda run: run.identity_of_variants(),
@@ -158,11 +186,11 @@ def variants(run: Run, inputs: Inputs, out: Path) -> Result:
     """Quantised forms of the checkpoint, checked statically; nothing is served here."""
     from r1distill.students import quantise
 
-    return quantise.build(run.student, inputs["checkpoint"], inputs["dataset"], out)
+    return quantise.build(run.student, trained(inputs), inputs["dataset"], out)
 
 
 @stage(
-    reads=("checkpoint", "variants"),
+    reads=("checkpoint", "beyond", "variants"),
     version=3,
     label=lambda run: run.student.name,
     decides=lambda run: run.identity_of_scores(),
@@ -171,11 +199,11 @@ def scores(run: Run, inputs: Inputs, out: Path) -> Result:
     """Base, teacher, twin, student and each variant served, sampled and judged; the gates' verdicts."""
     from r1distill.pipeline import scores
 
-    return scores.build(run, inputs["checkpoint"], inputs["variants"], out)
+    return scores.build(run, trained(inputs), inputs["variants"], out)
 
 
 @stage(
-    reads=("prompts", "traces", "verdicts", "dataset", "packs", "checkpoint", "variants", "scores"),
+    reads=("prompts", "traces", "verdicts", "dataset", "packs", "checkpoint", "beyond", "variants", "scores"),
     version=2,
     label=lambda run: run.student.name,
     decides=lambda run: run.identity_of_student("publication"),
@@ -184,4 +212,4 @@ def publication(run: Run, inputs: Inputs, out: Path) -> Result:
     """A model repository and a dataset repository, complete with cards."""
     from r1distill.students import publish
 
-    return publish.build(run.student, dict(inputs), out, run.home, lineage=run.lineage())
+    return publish.build(run.student, dict(inputs), trained(inputs), out, run.home, lineage=run.lineage())

@@ -47,6 +47,7 @@ def model_card(story: Story) -> str:
             *([f"**{publication.notice}**", ""] if publication.notice else []),
             f"`{lineage['base']}` fine-tuned on {data['kept']:,} verified reasoning traces of `{lineage['teacher']}`,",
             f"the dataset `{DATASET}`{AT_COMMIT}.",
+            *_beyond(story),
             "It thinks between `<think>` and `</think>` and then answers; the generation prompt opens the thinking.",
             "",
             *_scores(story),
@@ -62,6 +63,18 @@ def model_card(story: Story) -> str:
             "",
         ]
     )
+
+
+def _beyond(story: Story) -> list[str]:
+    """What became of it after that, in a sentence."""
+    if "beyond" not in story.manifests:
+        return []
+    steps = f"{story.manifests['beyond']['metrics']['steps']:,} steps on answers of its own"
+    if story.lineage.get("beyond_teacher"):
+        return [
+            f"After that it was trained for {steps}, towards the probabilities of `{story.lineage['beyond_teacher']}`."
+        ]
+    return [f"After that it was trained for {steps} with GRPO, rewarded by the checks that judge the traces."]
 
 
 def _metadata(story: Story) -> str:
@@ -232,7 +245,12 @@ def _training(story: Story) -> list[str]:
         "context": f"{story.student.packs.context_tokens:,} tokens, packed",
         **{key.replace("_", " "): value for key, value in metrics.items() if isinstance(value, (int, float, str))},
     }
-    return ["## Training", "", *(f"- {key}: {value}" for key, value in numbers.items()), ""]
+    lines = ["## Training", "", *(f"- {key}: {value}" for key, value in numbers.items()), ""]
+    if "beyond" in story.manifests and (beyond := story.student.beyond):
+        asked = {key: value for key, value in beyond.identity().items() if key not in ("kind", "teacher")}
+        told = {**asked, **story.manifests["beyond"]["metrics"]}
+        lines += ["On its own answers:", "", *(f"- {key.replace('_', ' ')}: {told[key]}" for key in told), ""]
+    return lines
 
 
 def _lineage(story: Story) -> list[str]:

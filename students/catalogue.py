@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from r1distill.data.config import Settings, execution
 from r1distill.data.models import ModelRef
+from r1distill.data.settings import CheckName
 from r1distill.data.sources import FileSource, HubSource
 
 if TYPE_CHECKING:
@@ -165,6 +166,58 @@ class Distill(Settings):
     def bytes_per_token(self) -> int:
         """On disk: 5 bytes an entry, and 2 for the label's own log-probability."""
         return 5 * self.k + 2
+
+
+class _Beyond(Settings):
+    """Learning from answers of its own, from where the training on traces ended; with its method, precision and launch.
+
+    Every step samples answers to ``prompts_per_step`` of the run's prompts and learns from them once.
+    """
+
+    steps: int = Field(gt=0)
+    prompts_per_step: int = Field(32, gt=0)  # DeepSeek-R1-Zero's, arXiv 2501.12948
+    max_completion_tokens: int | None = Field(None, gt=0)  # null: what the longest prompt leaves of the context
+    temperature: float = Field(1.0, gt=0)  # of the sampling and of the loss; R1-Zero's
+    learning_rate: float = Field(1e-6, gt=0)  # constant; TRL's
+    seed: int = 0
+    save_steps: int = execution(50, gt=0)
+    rollouts: Literal["transformers", "vllm"] = execution("transformers")  # who samples; vLLM shares the GPUs
+
+    @property
+    def group(self) -> int:
+        """Answers to one prompt."""
+        return 1
+
+    @property
+    def answers_per_step(self) -> int:
+        return self.prompts_per_step * self.group
+
+
+class Grpo(_Beyond):
+    """Each prompt is answered ``group_size`` times; an answer is worth by how much its reward, the weighted sum of the
+    checks that it passes, is over its group's mean (arXiv 2402.03300). Only prompts that a rule can judge are asked."""
+
+    kind: Literal["grpo"]
+    group_size: int = Field(16, ge=2)  # R1-Zero's
+    learning_rate: float = Field(3e-6, gt=0)  # R1-Zero's
+    rewards: dict[CheckName, float] = Field({"correctness": 1.0, "format": 1.0}, min_length=1)  # alike, as R1-Zero's
+
+    @property
+    def group(self) -> int:
+        return self.group_size
+
+
+class OnPolicy(_Beyond):
+    """Each prompt is answered once; every token is drawn to the probabilities of a teacher of the student's own
+    vocabulary: ``beta`` 0 is KL(teacher || student), 1 is KL(student || teacher), between them the generalised
+    Jensen-Shannon divergence (arXiv 2306.13649)."""
+
+    kind: Literal["on_policy"]
+    teacher: ModelRef
+    beta: float = Field(1.0, ge=0, le=1)  # TRL's
+
+
+Beyond = Annotated[Grpo | OnPolicy, Field(discriminator="kind")]
 
 
 class VariantGate(Settings):
@@ -325,6 +378,7 @@ class Student(Settings):
     packs: Packs
     sft: Sft
     distill: Distill | None = None  # null: from text alone, as DeepSeek's students
+    beyond: Beyond | None = None  # null: it ends with the training on traces, as DeepSeek's students
     variants: dict[str, Variant] = Field({})
     gate: Gate = Gate()
     twin: Twin | None = None  # null: nobody has published one
@@ -335,6 +389,17 @@ class Student(Settings):
     variant_questions: int | None = Field(None, gt=0)  # of each benchmark, that a variant gets; null: all of them
     variant_samples: int | None = Field(None, gt=0)  # of each question, that a variant gives; null: the benchmark's k
     serve_options: dict[str, Any] = execution({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_policy(cls, values: Any) -> Any:
+        """``distill: {kind: on_policy}`` is another way to write ``beyond: {kind: on_policy}``."""
+        distill = values.get("distill") if isinstance(values, dict) else None
+        if not isinstance(distill, dict) or distill.get("kind") != "on_policy":
+            return values
+        if values.get("beyond") is not None:
+            raise ValueError("distill with kind on_policy is the same as beyond: give one of the two")
+        return {**values, "distill": None, "beyond": distill}
 
     @field_validator("variants", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from r1distill.data.errors import R1DistillError
 
@@ -66,3 +67,34 @@ def make_room(folder: Path, estimated_bytes: int) -> None:
             f"a checkpoint needs {need / GIB:,.2f} GiB in {folder}, {free / GIB:,.2f} are free. {kept}. "
             "Free some disk and run the same command again: it goes on from there."
         )
+
+
+class Kept:
+    """Stands before transformers' Trainer: room is looked for before a checkpoint is written, a whole one is marked."""
+
+    args: Any
+    accelerator: Any
+    model: Any
+    state: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        from accelerate.utils import broadcast_object_list
+
+        folder, refusal = Path(self.args.output_dir), [""]
+        if self.args.process_index == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                make_room(folder, self._state_bytes())
+            except R1DistillError as error:
+                refusal = [str(error)]
+        if broadcast_object_list(refusal)[0]:
+            raise R1DistillError(refusal[0])
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()
+        if self.args.process_index == 0:
+            mark(folder / f"checkpoint-{self.state.global_step}")
+
+    def _state_bytes(self) -> int:
+        """Float32 weights and two moments; ZeRO-3 adds gathered bf16 weights."""
+        trained = (weight for weight in self.model.parameters() if weight.requires_grad)
+        return 14 * sum(getattr(weight, "ds_numel", weight.numel()) for weight in trained)

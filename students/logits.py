@@ -76,15 +76,20 @@ def main(job: dict[str, Any]) -> None:
         topk.write(out, number, first, part, student.distill.k, scored(model, student, part))
 
 
-def check_vocabulary(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, title: str) -> None:
-    """Raise RequestError unless both have the same tokens at the same ids, special ones aside, which are renamed."""
+def check_vocabulary(
+    student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, title: str, key: str = "distill"
+) -> None:
+    """Raise RequestError unless both have the same tokens at the same ids, special ones aside, which are renamed.
+
+    ``key`` is where the student's file names the teacher.
+    """
     mine, other = (one.backend_tokenizer.get_vocab(with_added_tokens=False) for one in (student, teacher))
     if mine != other:
         odd = next(token for token in {**mine, **other} if mine.get(token) != other.get(token))
         raise RequestError(
-            f"distill.teacher {title} has another vocabulary than the student: {odd!r} is {other.get(odd)} there and "
+            f"{key}.teacher {title} has another vocabulary than the student: {odd!r} is {other.get(odd)} there and "
             f"{mine.get(odd)} here. Its logits say nothing about the student's tokens: name a model of the same "
-            "family, or leave 'distill' out and learn from the text."
+            f"family, or leave '{key}' out."
         )
 
 

@@ -23,12 +23,16 @@ from r1distill.students.inventory import Entry
 from r1distill.students.leaks import Leaks
 
 LEFT_OUT = {"manifest.json", "loss.json", "README.md"}
+FOLDERS_LEFT_OUT = ("rollouts", ".")  # what the student answered while it trained, and what is hidden: by their start
 
 
-def build(student: Student, inputs: dict[str, Path], out: Path, home: Path, *, lineage: dict[str, Any]) -> Result:
+def build(
+    student: Student, inputs: dict[str, Path], model: Path, out: Path, home: Path, *, lineage: dict[str, Any]
+) -> Result:
     """Lay out ``out/model`` and ``out/dataset``; files are hard links where the disk allows it.
 
-    A variant whose gate failed is withheld. Counts are of variants and the checkpoint.
+    ``model`` is the checkpoint that the student ends with. A variant whose gate failed is withheld. Counts are of
+    variants and the checkpoint.
     """
     for folder in inventory.KINDS:
         shutil.rmtree(out / folder, ignore_errors=True)  # what a killed attempt left
@@ -45,7 +49,7 @@ def build(student: Student, inputs: dict[str, Path], out: Path, home: Path, *, l
     licences.check(licences.of_files(parquet), student.publication.accept_licences)
     published = [name for name in student.variants if name not in failed]
     _lay_out_dataset(student.publication, inputs, manifests, out / "dataset")
-    _link(inputs["checkpoint"], out / "model")
+    _link(model, out / "model")
     for name in published:
         _link(inputs["variants"] / name, out / "model" / "variants" / name)
     texts = terms.write(student, home, out / "model")
@@ -100,7 +104,7 @@ def _refuse_unsound(student: Student, model: Path) -> None:
 def _link(source: Path, target: Path) -> None:
     """The files of a folder and of its sub-folders, but for what is the artifact's own."""
     for file in sorted(path for path in source.rglob("*") if path.is_file() and path.name not in LEFT_OUT):
-        if file.suffix == ".log" or any(part.startswith(".") for part in file.relative_to(source).parts):
+        if file.suffix == ".log" or any(part.startswith(FOLDERS_LEFT_OUT) for part in file.relative_to(source).parts):
             continue
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)

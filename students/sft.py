@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,15 @@ def build(
         "layout": spread.model_dump(mode="json"),
         "packs_per_step": packs_per_step(student.sft, train.num_rows, traces),
     }
-    config = layout.write(spread, student.sft, out / ".work" / "launch")
+    told = launched("r1distill.students.sft", job, out / ".work", student, spread)
+    batch = {"batch_traces": student.sft.batch_traces, "packs_per_step": job["packs_per_step"]}
+    return Result(traces, traces, {}, {**told["metrics"], **batch, "layout": str(spread)}, unit="traces")
+
+
+def launched(module: str, job: dict[str, Any], work: Path, student: Student, spread: Layout) -> dict[str, Any]:
+    """Train in workers of ``module``, over the processes of ``spread``, with a progress bar; returns what the last
+    message told. Raises R1DistillError where that has no metrics."""
+    config = layout.write(spread, student.sft, work / "launch")
     cores, options = len(os.sched_getaffinity(0)), student.sft.launch
     launchers = [
         ["accelerate.commands.launch", *layout.launch_arguments(spread, options, config, rank, cores)]
@@ -59,14 +68,13 @@ def build(
     ]
     told: dict[str, Any] = {}
     with tqdm(desc=f"training {student.name}", unit="step", disable=None, delay=2) as bar:
-        for told in worker.run("r1distill.students.sft", job, out / ".work", launchers=launchers, hosts=spread.hosts):
+        for told in worker.run(module, job, work, launchers=launchers, hosts=spread.hosts):
             if "step" in told:
                 bar.total, bar.n = told["steps"], told["step"]
                 bar.set_postfix_str(f"loss {told['loss']:.3f}, {told['tokens_per_second']:.0f} tokens/s")
     if "metrics" not in told:
-        raise R1DistillError(f"the training ended without a result; {out / '.work' / 'sft.log'} says more.")
-    batch = {"batch_traces": student.sft.batch_traces, "packs_per_step": job["packs_per_step"]}
-    return Result(traces, traces, {}, {**told["metrics"], **batch, "layout": str(spread)}, unit="traces")
+        raise R1DistillError(f"the training ended without a result; {work / module.rpartition('.')[2]}.log says more.")
+    return told
 
 
 def packs_per_step(sft: Sft, packs: int, traces: int) -> int:
@@ -82,7 +90,7 @@ def main(job: dict[str, Any]) -> None:
     from r1distill.students import attention, base, kd, topk, trainer
 
     student, out, packs = Student.model_validate(job["student"]), Path(job["out"]), Path(job["packs"])
-    spread, per_step, adapter = Layout.model_validate(job["layout"]), job["packs_per_step"], _adapter(student)
+    spread, per_step, adapter = Layout.model_validate(job["layout"]), job["packs_per_step"], adapter_of(student)
     folder = out / ".work" / "checkpoints"
     tokenizer = AutoTokenizer.from_pretrained(packs / "tokenizer")
     pad = tokenizer.pad_token_id
@@ -115,21 +123,21 @@ def main(job: dict[str, Any]) -> None:
         peft_config=trainer.lora(student, tokenizer) if adapter else None,
         callbacks=[trainer.progress(meter)],
     )
-    training.train(resume_from_checkpoint=_last_good(folder, training))
+    training.train(resume_from_checkpoint=last_good(folder, training))
     if (packs / "validation").is_dir() and (held := schema.read(packs / "validation", schema.PACK)).num_rows:
         training.validate(Packs(held, pad))
-    _save(training, student, Path(job["base"]), packs / "tokenizer", out)
+    save(training, student, Path(job["base"]), packs / "tokenizer", out)
     if training.is_world_process_zero():
         history = [row for row in training.state.log_history if "loss" in row or "eval_loss" in row]
         write_curve(history, out)
         worker.tell(metrics=_metrics(training, history, meter))
 
 
-def _adapter(student: Student) -> Adapter | None:
+def adapter_of(student: Student) -> Adapter | None:
     return student.sft.method if isinstance(student.sft.method, Adapter) else None
 
 
-def _last_good(folder: Path, training: Any) -> str | None:
+def last_good(folder: Path, training: Any) -> str | None:
     """The checkpoint to go on from; one process looks, since what is not whole is deleted."""
     from accelerate.utils import broadcast_object_list
 
@@ -137,7 +145,7 @@ def _last_good(folder: Path, training: Any) -> str | None:
     return str(found[0]) if broadcast_object_list(found)[0] else None
 
 
-def _save(training: Any, student: Student, base: Path, tokenizer: Path, out: Path) -> None:
+def save(training: Any, student: Student, base: Path, tokenizer: Path, out: Path) -> None:
     """The final weights in bf16, generation settings and tokenizer; a LoRA adapter is kept and merged."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -145,7 +153,7 @@ def _save(training: Any, student: Student, base: Path, tokenizer: Path, out: Pat
 
     from r1distill.students.merge import merge
 
-    if _adapter(student):
+    if adapter_of(student):
         if training.is_fsdp_enabled:  # sharded, the trainer would save no adapter at all
             training.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         training.save_model(str(out / "adapter"))
@@ -193,8 +201,16 @@ def _metrics(training: Any, history: list[dict[str, float]], meter: tracking.Met
     }
 
 
-def write_curve(history: list[dict[str, float]], out: Path) -> None:
-    """The loss of every step as numbers (loss.json) and as a picture (loss.png)."""
+CURVES = {"loss": ("-", "training"), "eval_loss": ("o", "validation")}
+
+
+def write_curve(
+    history: list[dict[str, float]],
+    out: Path,
+    curves: Mapping[str, tuple[str, str]] = CURVES,
+    title: str = "loss (nats per target token)",
+) -> None:
+    """What was told of every step as numbers (loss.json) and its ``curves`` as a picture (loss.png)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,10 +218,10 @@ def write_curve(history: list[dict[str, float]], out: Path) -> None:
 
     (out / "loss.json").write_text(json.dumps(history, indent=1))
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "validation")):
+    for key, (style, label) in curves.items():
         if points := [(row["step"], row[key]) for row in history if key in row]:
             axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per target token)")
+    axes.set(xlabel="step", ylabel=title)
     axes.legend()
     figure.savefig(out / "loss.png", dpi=120, bbox_inches="tight")
     pyplot.close(figure)

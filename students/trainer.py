@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from r1distill.data.errors import R1DistillError
 from r1distill.students import checkpoints, tracking, worker
 from r1distill.students.catalogue import Adapter, Sft, Student
 from r1distill.students.layout import Layout
@@ -131,7 +130,7 @@ def trainer_class() -> Any:
     from torch.utils.data import SequentialSampler
     from trl import SFTTrainer
 
-    class Trainer(SFTTrainer):
+    class Trainer(checkpoints.Kept, SFTTrainer):  # type: ignore[misc]
         loss_is_scaled_for_ga = True  # it is divided by the targets of the whole step
 
         def __init__(self, *, packs: Packs, places: np.ndarray, meter: tracking.Meter, layout: Layout, **kwargs: Any):
@@ -141,9 +140,6 @@ def trainer_class() -> Any:
             self.sums = torch.zeros(max(1, len(packs.domains)), 2, device=self.args.device)
             self.micro: list[tuple[list[int], Any]] = []
             complete_head(self.model)
-            trained = (weight for weight in self.model.parameters() if weight.requires_grad)
-            # float32 weights and two moments; ZeRO-3 adds gathered bf16 weights
-            self.state_bytes = 14 * sum(getattr(weight, "ds_numel", weight.numel()) for weight in trained)
             if layout.sequence_parallel > 1:
                 self.accelerator.parallelism_config.sp_handler.sp_attn_implementation = layout.attention_used
                 # The collator cuts the sequences: DeepSpeed's adapter would send them round, and gloo can't.
@@ -209,23 +205,6 @@ def trainer_class() -> Any:
             folder = Path(self.args.output_dir).parent / "not-finite"
             tracking.stop(step, logs, everywhere, self.packs, folder, write=self.is_world_process_zero())
 
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            from accelerate.utils import broadcast_object_list
-
-            folder, refusal = Path(self.args.output_dir), [""]
-            if self.is_world_process_zero():
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    checkpoints.make_room(folder, self.state_bytes)
-                except R1DistillError as error:
-                    refusal = [str(error)]
-            if broadcast_object_list(refusal)[0]:
-                raise R1DistillError(refusal[0])
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                checkpoints.mark(folder / f"checkpoint-{self.state.global_step}")
-
         def validate(self, packs: Packs) -> None:
             """Log the mean loss over the target tokens of all validation packs, by domain where there are several."""
             self.model.eval()
@@ -259,43 +238,49 @@ def arguments(sft: Sft, layout: Layout, folder: Path, micro_batches: int, name: 
     from trl import SFTConfig
 
     return SFTConfig(
-        output_dir=str(folder),
-        # data
+        **common(sft, layout, folder, name),
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
         max_length=None,
-        remove_unused_columns=False,
         per_device_train_batch_size=layout.packs_per_batch,
         gradient_accumulation_steps=micro_batches,
-        num_train_epochs=1,
-        dataloader_pin_memory=not layout.cpu,
-        # optimisation
-        learning_rate=sft.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": sft.min_lr_ratio},
         warmup_steps=sft.warmup_ratio,  # under 1 it is a share of all steps
-        weight_decay=sft.weight_decay,
-        adam_beta1=sft.betas[0],
-        adam_beta2=sft.betas[1],
-        max_grad_norm=sft.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=sft.precision == "bf16_autocast",
-        gradient_checkpointing=layout.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False, "offload": layout.offload_activations},
-        use_liger_kernel=layout.liger,
-        seed=sft.seed,
-        use_cpu=layout.cpu,
-        # checkpoints and reports
-        save_steps=sft.save_steps,
-        save_total_limit=2,  # the one before the last stays until the last is whole
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide what must stop the training
-        report_to=sft.tracking or "none",
-        project="r1distill",
-        run_name=name,
-        trackio_static_space_id=False,  # nothing is put on the Hub
-        disable_tqdm=True,
     )
+
+
+def common(sft: Sft, layout: Layout, folder: Path, name: str) -> dict[str, Any]:
+    """What TRL's trainers are told alike."""
+    return {
+        "output_dir": str(folder),
+        "remove_unused_columns": False,
+        "num_train_epochs": 1,
+        "dataloader_pin_memory": not layout.cpu,
+        # optimisation
+        "learning_rate": sft.learning_rate,
+        "weight_decay": sft.weight_decay,
+        "adam_beta1": sft.betas[0],
+        "adam_beta2": sft.betas[1],
+        "max_grad_norm": sft.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "bf16": sft.precision == "bf16_autocast",
+        "gradient_checkpointing": layout.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False, "offload": layout.offload_activations},
+        "use_liger_kernel": layout.liger,
+        "seed": sft.seed,
+        "use_cpu": layout.cpu,
+        # checkpoints and reports
+        "save_steps": sft.save_steps,
+        "save_total_limit": 2,  # the one before the last stays until the last is whole
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would hide what must stop the training
+        "report_to": sft.tracking or "none",
+        "project": "r1distill",
+        "run_name": name,
+        "trackio_static_space_id": False,  # nothing is put on the Hub
+        "disable_tqdm": True,
+    }
 
 
 def lora(student: Student, tokenizer: PreTrainedTokenizerFast) -> LoraConfig:

@@ -93,6 +93,14 @@ def correctness(one: Item, settings: VerdictSettings) -> Finding:
     return verifier.examine(one, arguments, settings)
 
 
+def has_rule(name: str, reference_answer: str | None) -> bool:
+    """Whether a rule can tell the right answers to a prompt with this verifier and reference from the wrong ones."""
+    verifier = VERIFIERS.get(name)
+    if verifier is None or name == "judge":
+        return False
+    return bool((reference_answer or "").strip()) or not verifier.needs_reference
+
+
 def version(one: Item) -> str:
     """Of the item's verifier; "none" where no verifier has its name."""
     return VERIFIERS[one.verifier].version if one.verifier in VERIFIERS else "none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from r1distill.pipeline import runner, stageplan
+from r1distill.pipeline import plan, runner, stageplan, stages
 from r1distill.pipeline.hardware import GIB
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.workload import Workload
@@ -44,3 +44,38 @@ def test_the_plan_counts_their_disk() -> None:
     run = Run.load("qwen-7b", overrides=[f"student.distill={{ kind: topk_kl, teacher: {TEACHER} }}"])
     disk = stageplan.disk(run.student, run.teacher, Workload(1000, 5000.0))
     assert disk["logits"] == pytest.approx(5_000_000 * (64 * 5 + 2) / GIB)
+
+
+GRPO = "{ kind: grpo, steps: 10, prompts_per_step: 4, group_size: 8, max_completion_tokens: 100 }"
+
+
+def test_later_stages_take_the_checkpoint_of_beyond(steps, monkeypatch, tmp_path) -> None:
+    plain, wanted = steps(), steps(f"student.beyond={GRPO}")
+    assert "beyond" not in plain and wanted["beyond"].inputs.keys() == {"prompts", "checkpoint"}
+    names = list(wanted)
+    assert names.index("checkpoint") + 1 == names.index("beyond") == names.index("variants") - 1
+    assert wanted["checkpoint"].fingerprint == plain["checkpoint"].fingerprint
+    for later in ("variants", "scores", "publication"):
+        assert wanted[later].inputs["beyond"] == wanted["beyond"].fingerprint
+        assert wanted[later].fingerprint != plain[later].fingerprint
+    read = []
+    monkeypatch.setattr("r1distill.students.quantise.build", lambda student, model, dataset, out: read.append(model))
+    run = Run.load("smollm2-135m", overrides=[f"student.beyond={GRPO}"])
+    paths = {name: tmp_path / name for name in ("dataset", "checkpoint", "beyond")}
+    stages.variants(run, paths, tmp_path)
+    stages.variants(run, {name: paths[name] for name in ("dataset", "checkpoint")}, tmp_path)
+    assert read == [paths["beyond"], paths["checkpoint"]]
+
+
+@pytest.mark.parametrize("change", ["learning_rate: 1.0e-5", "temperature: 0.9", "rewards: { correctness: 1 }"])
+def test_what_decides_the_answers_decides_the_artifact(steps, change) -> None:
+    one, other = (steps(f"student.beyond={GRPO[:-1]}{more}}}") for more in ("", f", {change}"))
+    assert one["beyond"].fingerprint != other["beyond"].fingerprint
+    assert one["checkpoint"].fingerprint == other["checkpoint"].fingerprint
+
+
+def test_the_plan_has_the_stage_and_says_what_it_does_not_estimate() -> None:
+    run = Run.load("qwen-14b", hardware="8xh200", overrides=[f"student.beyond={GRPO}"])
+    found = plan.plan(run.student, run.teacher, run.hardware).stage("beyond")
+    assert found.fits and found.tokens == 10 * 4 * 8 * 100 and found.hours is None and "Not estimated" in found.note
+    assert "Ulysses" not in found.layout

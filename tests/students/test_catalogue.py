@@ -102,3 +102,26 @@ def test_execution_settings_stay_out_of_the_identity() -> None:
 def test_wrong_values_are_refused_by_name(change: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message.replace(".", r"\.").replace("sft\\.method\\.lora", ".*")):
         load("students", "smollm2-135m", Student, change)
+
+
+TEACHER = "{ kind: hub, repo: deepseek-ai/DeepSeek-R1-Distill-Qwen-32B }"
+
+
+def test_a_file_may_ask_for_what_lies_beyond(tmp_path: Path) -> None:
+    def student(text: str) -> Student:
+        file = tmp_path / "mine.yaml"
+        file.write_text(f"extends: qwen-7b\n{text}")
+        return load("students", str(file), Student)
+
+    one = student(f"distill: {{ kind: on_policy, teacher: {TEACHER}, steps: 50 }}\n")
+    same = student(f"beyond: {{ kind: on_policy, teacher: {TEACHER}, steps: 50 }}\n")
+    assert one == same and one.distill is None and one.beyond and one.beyond.answers_per_step == 32
+    both = student(f"distill: {{ kind: topk_kl, teacher: {TEACHER} }}\nbeyond: {{ kind: grpo, steps: 50 }}\n")
+    assert both.distill and both.beyond and both.beyond.answers_per_step == 32 * 16
+    assert Student.model_validate(both.model_dump(mode="json")) == both
+    with pytest.raises(RequestError, match="give one of the two"):
+        student(f"distill: {{ kind: on_policy, teacher: {TEACHER}, steps: 5 }}\nbeyond: {{ kind: grpo, steps: 5 }}\n")
+    with pytest.raises(RequestError, match=r"mine\.yaml:2.*group_sise.*Did you mean 'group_size'"):
+        student("beyond: { kind: grpo, steps: 50, group_sise: 4 }\n")
+    with pytest.raises(RequestError, match="steps.* is required"):
+        student("beyond: { kind: grpo }\n")
