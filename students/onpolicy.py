@@ -69,7 +69,7 @@ def trainer_class(settings: Grpo | OnPolicy) -> Any:
 
     stem: Any = GRPOTrainer if isinstance(settings, Grpo) else DistillationTrainer
 
-    class Trainer(checkpoints.Kept, stem):  # type: ignore[misc]
+    class Trainer(checkpoints.Kept, stem):
         def __init__(
             self,
             *,

@@ -235,7 +235,7 @@ class Log:
                         f"from outside: delete {self.folder.parent} and run again."
                     )
                 for row in rows:
-                    counts += {"answers": 1, "tokens": len(row["token_ids"]), row["finish_reason"]: 1}  # type: ignore[operator]
+                    counts.update({"answers": 1, "tokens": len(row["token_ids"]), row["finish_reason"]: 1})
                     table.append(row)
         return counts
 

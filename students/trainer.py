@@ -130,7 +130,7 @@ def trainer_class() -> Any:
     from torch.utils.data import SequentialSampler
     from trl import SFTTrainer
 
-    class Trainer(checkpoints.Kept, SFTTrainer):  # type: ignore[misc]
+    class Trainer(checkpoints.Kept, SFTTrainer):
         loss_is_scaled_for_ga = True  # it is divided by the targets of the whole step
 
         def __init__(self, *, packs: Packs, places: np.ndarray, meter: tracking.Meter, layout: Layout, **kwargs: Any):

@@ -429,6 +429,7 @@ def test_what_cannot_be_carried_is_refused_before_anything_starts(name, student,
         built(student(settings), prompts, checkpoint, tmp_path, spread)
 
 
+@pytest.mark.soak
 def test_two_processes_killed_and_resumed_log_every_answer_once(student, prompts, checkpoint, tmp_path) -> None:
     """All are killed once a checkpoint is whole and answers after it are on disk."""
     settings, out = {**GRPO, "save_steps": 1}, tmp_path / "out"
