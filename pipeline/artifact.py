@@ -70,6 +70,11 @@ def place(home: Path, stage: str, label: str, digest: str) -> Path:
     return home / stage / f"{label}-{digest[:8]}"
 
 
+def partial_of(path: Path) -> Path:
+    """The hidden folder in which the artifact at ``path`` is built."""
+    return path.parent / f".{path.name}.partial"
+
+
 def find(path: Path, digest: str) -> Artifact | None:
     """The sealed artifact at ``path``, or None; raises where a sealed one is damaged or another one has its name."""
     file = path / MANIFEST
@@ -107,7 +112,7 @@ def building(path: Path) -> Iterator[Path]:
             f"another run is building {path}. Wait for it to end ('r1distill status' shows the stages), or stop it."
         ) from None
     try:
-        partial = path.parent / f".{path.name}.partial"
+        partial = partial_of(path)
         (partial / WORK).mkdir(parents=True, exist_ok=True)
         yield partial
     finally:

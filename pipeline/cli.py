@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -31,6 +31,12 @@ out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 StudentName = Annotated[str, typer.Option("--student", help="A name from configs/students, or a YAML file.")]
+ViaName = Annotated[
+    str | None,
+    typer.Option(
+        "--via", help="A student of the same family that is trained first and then teaches its probabilities."
+    ),
+]
 TeacherName = Annotated[
     str | None, typer.Option("--teacher", help="A name from configs/teachers; default: the student's.")
 ]
@@ -59,31 +65,27 @@ def distill(
         int | None, typer.Option(help="Ask for this many prompts, judge them, and forecast the whole run; then stop.")
     ] = None,
     to: Annotated[str, typer.Option(help="'folder', or 'hub' to upload the publication when it is done.")] = "folder",
+    via: ViaName = None,
     as_json: Json = False,
 ) -> None:
     """Run the whole chain: prompts, traces, verdicts, dataset, packs, checkpoint, variants, scores, publication."""
-    from r1distill.pipeline import plan, report, runner
+    from r1distill.pipeline import guards, report, runner
     from r1distill.pipeline.run import Run
 
-    run = Run.load(student, teacher, prompts, hardware, changes or [])
+    run = Run.load(student, teacher, prompts, hardware, changes or [], via)
     if dry_run:
         report.show_chain(runner.chain(run, until), out, as_json)
         return
     _check_to(to)
     if pilot is not None:
         until = "prompts"
-    stages = runner.stage_names(until)
-    if "scores" in stages:
-        run.check_held_out()
-    plan.check(run.student, run.teacher, run.hardware, stages=stages if pilot is None else ["prompts", "traces"])
-    if "verdicts" in stages or pilot is not None:
-        run.check_sandbox(scored="scores" in stages)
+    guards.check(run, runner.stage_names(until) if pilot is None else guards.PILOT)
     steps = runner.chain(run, until)
     if pilot is None:
-        _preflight(run, steps)
+        guards.preflight(steps)
     done: list[runner.Done] = []
     failed: list[str] = []
-    for item in runner.execute(run, _until_gate(steps, failed)):
+    for item in runner.execute(guards.between(steps, failed, lambda said: err.print(f"[red]{said}[/red]"))):
         done.append(item)
         failed += item.artifact.manifest["failed_gates"]
         if not as_json:
@@ -99,23 +101,6 @@ def distill(
     raise typer.Exit(GATE_FAILED if failed else 0)
 
 
-def _preflight(run: Any, steps: list[Any]) -> None:
-    """Look at the student's base before its teacher is paid; a packaged base is ours and was looked at."""
-    from r1distill.students import preflight
-
-    if run.student.base.kind != "package" and any(step.stage.name == "packs" and not step.sealed() for step in steps):
-        preflight.require(run.student, run.home)
-
-
-def _until_gate(steps: list[Any], failed: list[str]) -> Any:
-    """The steps, ending before the publication where the checkpoint's own gate failed."""
-    for step in steps:
-        if step.stage.name == "publication" and "checkpoint" in failed:
-            err.print("[red]The checkpoint failed its gate: nothing is published.[/red]")
-            return
-        yield step
-
-
 @app.command()
 def plan(
     student: StudentName = DEFAULT_STUDENT,
@@ -123,6 +108,7 @@ def plan(
     prompts: PromptsName = None,
     hardware: HardwareName = None,
     changes: Changes = None,
+    via: ViaName = None,
     write: Annotated[
         Path | None, typer.Option(help="Write the accelerate, DeepSpeed, Slurm and vLLM files of it into this folder.")
     ] = None,
@@ -132,13 +118,13 @@ def plan(
     from r1distill.pipeline import plan, report
     from r1distill.pipeline.run import Run
 
-    run = Run.load(student, teacher, prompts, hardware, changes or [])
+    run = Run.load(student, teacher, prompts, hardware, changes or [], via)
     answer = plan.of_run(run)
     files: list[Path] = []
     if write is not None:
         from r1distill.pipeline import planfiles
 
-        names = {"--student": student, "--teacher": teacher, "--prompts": prompts, "--hardware": hardware}
+        names = {"--student": student, "--via": via, "--teacher": teacher, "--prompts": prompts, "--hardware": hardware}
         request = [part for option, name in names.items() if name for part in (option, name)]
         request += [part for change in changes or [] for part in ("--set", change)]
         files = planfiles.write(run, answer, request, write)
@@ -289,6 +275,7 @@ def evaluate(
         bool, typer.Option("--thinks/--no-thinks", help="Whether a server's or a file's answers begin in the thinking.")
     ] = True,
     changes: Changes = None,
+    via: ViaName = None,
     as_json: Json = False,
 ) -> None:
     """Score any model on benchmarks, as the scores stage does; asks nothing that was asked before."""
@@ -298,7 +285,7 @@ def evaluate(
     from r1distill.pipeline import checkup, report, runner
     from r1distill.pipeline.run import Run
 
-    run = Run.load(student, overrides=changes or [])
+    run = Run.load(student, overrides=changes or [], via=via)
     names = [name for name in (benchmarks or "").split(",") if name]
     wanted = [load("benchmarks", name, Benchmark) for name in names] if names else run.benchmarks
     own = model is None
@@ -308,8 +295,8 @@ def evaluate(
         step = runner.chain(run, "beyond")[-1]  # of a student without that stage it is the checkpoint
         if step.sealed() is None:
             raise RequestError(
-                f"there is no checkpoint of '{run.student.name}' yet ({step.path}). Make it: make distill "
-                f"STUDENT={run.student.name} UNTIL={step.stage.name}; or name another: --model"
+                f"there is no checkpoint of '{run.label}' yet ({step.path}). Make it: make distill STUDENT="
+                f"{run.student.name}{f' VIA={via}' if via else ''} UNTIL={step.stage.name}; or name another: --model"
             )
         model = str(step.path)
     artifact = checkup.evaluate(run, checkup.Wanted(model, endpoint, key_variable, thinks), wanted, checkpoint=own)
@@ -320,12 +307,13 @@ def evaluate(
 def write_report(
     student: StudentName = DEFAULT_STUDENT,
     into: Annotated[Path | None, typer.Option("--out", help="Folder; default: $R1DISTILL_HOME/report.")] = None,
+    via: ViaName = None,
 ) -> None:
     """Write a student's report, Markdown and HTML, from its newest artifacts."""
     from r1distill.pipeline import page
     from r1distill.pipeline.run import home_folder
 
-    for file in page.write(home_folder(), Path(student).stem, into or home_folder() / "report"):
+    for file in page.write(home_folder(), _label(student, via), into or home_folder() / "report"):
         out.print(str(file), markup=False)
 
 
@@ -351,6 +339,7 @@ def publish(
     to: Annotated[str, typer.Option(help="'hub', or 'folder' to list what would be uploaded.")] = "folder",
     public: Annotated[bool, typer.Option("--public", help="Make the repositories public; default: private.")] = False,
     changes: Changes = None,
+    via: ViaName = None,
     as_json: Json = False,
 ) -> None:
     """Upload a publication to the Hugging Face Hub, or check it and list its files with size and sha256."""
@@ -359,8 +348,8 @@ def publish(
     from r1distill.students import publish
 
     _check_to(to)
-    run = Run.load(student, overrides=changes or [])
-    path = folder or publish.newest(run.home, run.student.name)
+    run = Run.load(student, overrides=changes or [], via=via)
+    path = folder or publish.newest(run.home, run.label)
     if to == "hub":
         _upload(path, run.home, public, as_json)
     else:
@@ -373,6 +362,11 @@ def embedded_teacher(changes: Changes = None) -> None:
     from r1distill.pipeline import embedded
 
     embedded.train(changes or [], out)
+
+
+def _label(student: str, via: str | None) -> str:
+    """What the artifacts of a student are called, without reading its file."""
+    return f"{Path(student).stem}-via-{Path(via).stem}" if via else Path(student).stem
 
 
 def _check_to(to: str) -> None:

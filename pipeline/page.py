@@ -80,15 +80,19 @@ def chain(home: Path, student: str) -> dict[str, tuple[Path, Manifest]]:
     """The newest artifacts of a student and all that they were made from: {stage: (folder, manifest)}, in order."""
     for stage in ("publication", "scores", "variants", "beyond", "checkpoint", "packs"):
         if newest := newest_of(home, stage, student):
-            found = {stage: newest}
-            todo = [newest[1]]
-            while todo:
-                for name, digest in todo.pop().get("inputs", {}).items():
-                    if name not in found and (one := _by_fingerprint(home, name, digest)):
-                        found[name] = one
-                        todo.append(one[1])
-            return {name: found[name] for name in stage_names() if name in found}
+            return _made_from(home, stage, newest)
     raise RequestError(f"there is nothing of '{student}' under {home} yet. Make it: make distill STUDENT={student}")
+
+
+def _made_from(home: Path, stage: str, last: tuple[Path, Manifest]) -> dict[str, tuple[Path, Manifest]]:
+    found = {stage: last}
+    todo = [last[1]]
+    while todo:
+        for name, digest in todo.pop().get("inputs", {}).items():
+            if name not in found and (one := _by_fingerprint(home, name, digest)):
+                found[name] = one
+                todo.append(one[1])
+    return {name: found[name] for name in stage_names() if name in found}
 
 
 def newest_of(home: Path, stage: str, label: str) -> tuple[Path, Manifest] | None:
@@ -121,6 +125,8 @@ def _blocks(home: Path, student: str, stages: dict[str, tuple[Path, Manifest]]) 
     yield Heading(f"r1distill: {student}", 1)
     yield Heading("Rows in and out")
     yield _rows(stages)
+    if "logits" in stages:
+        yield from _probabilities(home, stages["logits"][1])
     if "scores" in stages:
         yield from _scores(*stages["scores"])
     else:
@@ -138,6 +144,25 @@ def _rows(stages: dict[str, tuple[Path, Manifest]]) -> Table:
         counts = [f"{manifest[key]:,}" for key in ("read", "kept")]
         rows.append([stage, *counts, manifest["unit"], f"{manifest['seconds']:.1f}", gone, folder.name])
     return Table(["stage", "read", "kept", "unit", "seconds", "rejected, by reason", "artifact"], rows)
+
+
+def _probabilities(home: Path, logits: Manifest) -> Iterator[Block]:
+    """Whose probabilities were learned; where that was trained here too, from what, and how it scored."""
+    title, (settings, revision) = logits["metrics"]["teacher"], logits["identity"]["decides"]["teacher"]
+    yield Heading("Whose probabilities it learned")
+    yield Text(f"{title} ({revision}), its {logits['metrics']['k']} most probable tokens in {logits['kept']:,} places.")
+    if settings["kind"] == "checkpoint" and (first := _by_fingerprint(home, "checkpoint", revision)):
+        yield _rows(_made_from(home, "checkpoint", first))
+        if scored := _scores_of(home, first[1]["fingerprint"]):
+            for block in _scores(*scored):
+                yield Heading(f"{title}: {block.text}", 3) if isinstance(block, Heading) else block
+
+
+def _scores_of(home: Path, checkpoint: str) -> tuple[Path, Manifest] | None:
+    """The newest scores of the checkpoint with that fingerprint."""
+    found = [(path.parent, manifest) for path in (home / "scores").glob("*/manifest.json") if (manifest := _read(path))]
+    its = [one for one in found if one[1]["inputs"].get("checkpoint") == checkpoint]
+    return max(its, key=lambda one: (one[1]["created_at"], one[0].name), default=None)
 
 
 def _scores(folder: Path, manifest: Manifest) -> Iterator[Block]:

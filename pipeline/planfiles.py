@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from r1distill.data.errors import RequestError
-from r1distill.data.models import HubModel, PackageModel
+from r1distill.data.models import FolderModel, HubModel
 from r1distill.pipeline import stageplan
 from r1distill.pipeline.evaluation import context_tokens
 from r1distill.pipeline.plan import Plan, training_layout
@@ -56,8 +56,9 @@ def _training(run: Run, answer: Plan, request: Sequence[str], folder: Path) -> I
 def _serving(run: Run, answer: Plan, folder: Path) -> Iterator[Path]:
     """The embedded teacher's weights are made on first use: `r1distill serve` does that, and no script."""
     teacher, cpu = run.teacher, not run.hardware.gpus
-    if isinstance(teacher, VllmTeacher) and answer.stage("traces").fits and not isinstance(teacher.model, PackageModel):
-        options, model = dict(teacher.options), teacher.model
+    model = teacher.model if isinstance(teacher, VllmTeacher) else None
+    if isinstance(teacher, VllmTeacher) and answer.stage("traces").fits and isinstance(model, HubModel | FolderModel):
+        options = dict(teacher.options)
         if isinstance(model, HubModel):
             options = {"revision": model.revision, "tokenizer-revision": model.revision, **options}
         name = model.repo if isinstance(model, HubModel) else model.path

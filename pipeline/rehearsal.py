@@ -159,7 +159,7 @@ class Rehearsal:
     def _stage(self, name: str) -> str:
         """Build one stage; those before it are sealed."""
         run = self._run()
-        *_, last = runner.execute(run, runner.chain(run, name))
+        *_, last = runner.execute(runner.chain(run, name))
         manifest = last.artifact.manifest
         self._paths[name] = last.artifact.path
         if not manifest["kept"] and name != "scores":  # random weights answer nothing right

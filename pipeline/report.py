@@ -48,7 +48,13 @@ def _bytes(value: int | None) -> str:
 def show_chain(steps: list[Step], out: Console, as_json: bool) -> None:
     """What a run would do: each stage, whether it is there, and where it is or will be."""
     rows = [
-        {"stage": step.stage.name, "state": step.state, "path": str(step.path), "summary": step.stage.summary}
+        {
+            "stage": step.stage.name,
+            "label": step.label,
+            "state": step.state,
+            "path": str(step.path),
+            "summary": step.stage.summary,
+        }
         for step in steps
     ]
     if as_json:
@@ -74,20 +80,12 @@ def show_stage(done: Done, out: Console) -> None:
 
 def show_end(run: Run, done: list[Done], out: Console, as_json: bool) -> None:
     """The report: rows and reasons, scores, seconds, where everything lies, what to type next."""
-    manifests = {item.step.stage.name: item.artifact.manifest for item in done}
-    scores = manifests.get("scores", {}).get("metrics", {}).get("scores")
+    own, before = ([item for item in done if (item.step.run.via is run.via) is mine] for mine in (True, False))
     if as_json:
-        stages = {
-            item.step.stage.name: {
-                **{key: item.artifact.manifest[key] for key in ("read", "kept", "rejected", "unit", "seconds")},
-                "built": item.built,
-                "path": str(item.artifact.path),
-            }
-            for item in done
-        }
-        print(
-            json.dumps({"student": run.student.name, "teacher": run.teacher.name, "stages": stages, "scores": scores})
-        )
+        found = {"student": run.student.name, "teacher": run.teacher.name, **_as_dict(own)}
+        if run.via:
+            found["via"] = {"student": run.via.student.name, **_as_dict(before)}
+        print(json.dumps(found))
         return
     out.print()
     table = _table("stage", "read", "kept", "unit", "seconds", "rejected, by reason", right=("read", "kept", "seconds"))
@@ -97,7 +95,7 @@ def show_end(run: Run, done: list[Done], out: Console, as_json: bool) -> None:
             f"{count} {why}" for why, count in sorted(manifest["rejected"].items(), key=lambda x: -x[1])
         )
         table.add_row(
-            item.step.stage.name,
+            item.step.stage.name + (f" of {item.step.label}" if item in before else ""),
             f"{manifest['read']:,}",
             f"{manifest['kept']:,}",
             manifest["unit"],
@@ -107,14 +105,32 @@ def show_end(run: Run, done: list[Done], out: Console, as_json: bool) -> None:
     out.print(table)
     if not all(item.built for item in done):
         out.print("[dim]Seconds in brackets were spent in an earlier run.[/dim]")
-    if scores:
-        _show_scores(scores, out)
+    for some in (before, own):
+        if scores := _scores_of(some):
+            _show_scores(scores, out)
     out.print()
     for item in done:
         out.print(f"{item.step.stage.name:<12} {item.artifact.path}", markup=False)
     out.print()
     for line in _next(run, done):
         out.print(line, markup=False)
+
+
+def _scores_of(done: list[Done]) -> dict[str, Any] | None:
+    manifests = {item.step.stage.name: item.artifact.manifest for item in done}
+    return manifests.get("scores", {}).get("metrics", {}).get("scores")
+
+
+def _as_dict(done: list[Done]) -> dict[str, Any]:
+    stages = {
+        item.step.stage.name: {
+            **{key: item.artifact.manifest[key] for key in ("read", "kept", "rejected", "unit", "seconds")},
+            "built": item.built,
+            "path": str(item.artifact.path),
+        }
+        for item in done
+    }
+    return {"stages": stages, "scores": _scores_of(done)}
 
 
 def show_evaluation(artifact: Artifact, out: Console, as_json: bool) -> None:
@@ -219,10 +235,10 @@ def _next(run: Run, done: list[Done]) -> list[str]:
         lines += [
             f"  read the model card          {last.artifact.path}/model/README.md",
             f"  list what would be uploaded  r1distill publish {last.artifact.path}",
-            f"  upload it (private)          HF_TOKEN=… make publish STUDENT={run.student.name} TO=hub",
+            f"  upload it (private)          HF_TOKEN=… r1distill publish {last.artifact.path} --to hub",
         ]
     else:
-        names = [f"STUDENT={run.student.name}"]
+        names = [f"STUDENT={run.student.name}", *([f"VIA={run.via.student.name}"] if run.via else [])]
         names += [f"TEACHER={run.teacher.name}"] if run.teacher.name != run.student.teacher else []
         names += [f"PROMPTS={run.prompts.name}"] if run.prompts.name != run.teacher.prompts else []
         lines.append(f"  go on                        make distill {' '.join(names)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from r1distill.data import hub, models, sources
 from r1distill.data.config import load, nearest, parse_overrides
 from r1distill.data.errors import RequestError
+from r1distill.data.models import CheckpointModel
 from r1distill.data.settings import Benchmark, PromptSet
 from r1distill.data.verify import sandbox
 from r1distill.pipeline.hardware import Hardware, named
@@ -21,7 +22,9 @@ from r1distill.teacher.settings import RecordedTeacher, Teacher, VllmTeacher, lo
 if TYPE_CHECKING:
     from r1distill.data.verify.judge import Judge
 
-SECTIONS = ("student", "teacher", "prompts", "hardware")
+SECTIONS = ("student", "via", "teacher", "prompts", "hardware")
+STAGES_THAT_ASK = {"distill": "logits", "beyond": "beyond"}  # by the part of a student's settings, in order
+PADDING_TOKENS = 512  # by which the vocabularies of one family differ at most: Qwen2.5's have 151,936 or 152,064
 
 
 def home_folder() -> Path:
@@ -40,6 +43,8 @@ class Run:
     benchmarks: list[Benchmark]  # what the student is scored on
     held_out: list[Benchmark]  # what the prompts are kept apart from
     home: Path = field(default_factory=home_folder)
+    via: Run | None = None  # the run into the student that teaches this one its probabilities: it comes first
+    asks_in: str | None = None  # the stage that asks for the checkpoint of ``via``
 
     @classmethod
     def load(
@@ -49,16 +54,23 @@ class Run:
         prompts: str | None = None,
         hardware: str | None = None,
         overrides: Sequence[str] = (),
+        via: str | None = None,
     ) -> Run:
-        """Read the configurations that the names stand for; raises RequestError for a wrong name, key or value."""
+        """Read the configurations that the names stand for; raises RequestError for a wrong name, key or value.
+
+        ``via`` names a student that is trained first, from the same teacher and prompts, and whose checkpoint then
+        teaches ``student`` its probabilities; a student's file says the same by ``distill.teacher``.
+        """
         values = parse_overrides(overrides, SECTIONS)
+        if via is not None:
+            values["student"] = _taught_by(via, student, values["student"])
         the_student = load("students", student, Student, values["student"])
         the_teacher = load_teacher(teacher or the_student.teacher, values["teacher"])
         the_prompts = load("prompts", prompts or the_teacher.prompts, PromptSet, values["prompts"])
         the_hardware = named(hardware, home_folder())
         if values["hardware"]:
             the_hardware = _with(the_hardware, values["hardware"])
-        return cls(
+        run = cls(
             student=the_student,
             teacher=the_teacher,
             prompts=the_prompts,
@@ -66,6 +78,49 @@ class Run:
             benchmarks=[load("benchmarks", name, Benchmark) for name in the_student.benchmarks],
             held_out=[load("benchmarks", name, Benchmark) for name in the_prompts.decontaminate.against],
         )
+        return run._with_hop(values["via"])
+
+    def _with_hop(self, changes: dict[str, Any]) -> Run:
+        """With the run that comes first, where the student learns from a checkpoint that has yet to be trained.
+
+        That student is scored on its own benchmarks, for its gate: what failed teaches nobody. Its variants and its
+        published twin are left away, since nothing depends on them here.
+        """
+        asking = _asking(self.student)
+        if not asking:
+            if changes:
+                raise RequestError(f"--set via.{next(iter(changes))}: there is no VIA, the student that is meant.")
+            return self
+        if len({teacher.student for teacher in asking.values()}) > 1:
+            raise RequestError("'distill' and 'beyond' name two students that are yet to be trained; one is the limit.")
+        first = load("students", next(iter(asking.values())).student, Student, changes)
+        if _asking(first):
+            raise RequestError(
+                f"'{first.name}' is itself taught by a checkpoint that has yet to be trained; one hop is the limit. "
+                "Train it first, and name its checkpoint's fingerprint in its file."
+            )
+        _check_family(first, self.student)
+        first = first.model_copy(update={"variants": {}, "twin": None})
+        benchmarks = [load("benchmarks", name, Benchmark) for name in first.benchmarks]
+        via = replace(self, student=first, benchmarks=benchmarks)
+        return replace(self._teaching(student=first.name), via=via, asks_in=STAGES_THAT_ASK[next(iter(asking))])
+
+    def _teaching(self, **known: str) -> Run:
+        """With what becomes known of the teacher that has yet to be trained."""
+        parts = {
+            part: getattr(self.student, part).model_copy(update={"teacher": teacher.model_copy(update=known)})
+            for part, teacher in _asking(self.student).items()
+        }
+        return replace(self, student=self.student.model_copy(update=parts))
+
+    def taught_by(self, fingerprint: str) -> Run:
+        """The same run, now that it is known which checkpoint the first one makes."""
+        return self._teaching(fingerprint=fingerprint)
+
+    @property
+    def label(self) -> str:
+        """What the student's own artifacts are called."""
+        return f"{self.student.name}-via-{self.via.student.name}" if self.via else self.student.name
 
     @cached_property
     def judge(self) -> Judge | None:
@@ -202,7 +257,13 @@ class Run:
     def lineage(self) -> dict[str, Any]:
         """Names and revisions for the student's card."""
         base = {"base": models.title(self.student.base), "base_revision": self.base_revision}
-        return {"student": self.student.name, **base, **self._lineage_of_beyond(), **self.lineage_of_data()}
+        more = {**self._lineage_of_distill(), **self._lineage_of_beyond()}
+        return {"student": self.student.name, **base, **more, **self.lineage_of_data()}
+
+    def _lineage_of_distill(self) -> dict[str, Any]:
+        if (distill := self.student.distill) is None:
+            return {}
+        return {"probabilities_of": f"{models.title(distill.teacher)}@{models.revision(distill.teacher)}"}
 
     def _lineage_of_beyond(self) -> dict[str, Any]:
         beyond = self.student.beyond
@@ -210,6 +271,41 @@ class Run:
             return {"beyond": "GRPO on its own answers"} if beyond else {}
         teacher = f"{models.title(beyond.teacher)}@{models.revision(beyond.teacher)}"
         return {"beyond": "on-policy distillation", "beyond_teacher": teacher}
+
+
+def _asking(student: Student) -> dict[str, CheckpointModel]:
+    """The parts of a student's settings that name a checkpoint which has yet to be trained."""
+    found = {part: getattr(getattr(student, part), "teacher", None) for part in STAGES_THAT_ASK}
+    return {
+        part: teacher
+        for part, teacher in found.items()
+        if isinstance(teacher, CheckpointModel) and teacher.fingerprint is None
+    }
+
+
+def _taught_by(via: str, student: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes with those that make ``via`` the teacher of the probabilities; all else about them is the user's."""
+    others = {key: value for key, value in changes.items() if key.partition(".")[0] != "distill"}
+    kind = {} if load("students", student, Student, others).distill else {"distill.kind": "topk_kl"}
+    return {**kind, **changes, "distill.teacher": {"kind": "checkpoint", "student": via}}
+
+
+def _check_family(first: Student, second: Student) -> None:
+    """Raise RequestError where the first can't teach the second its probabilities, as far as their files tell."""
+    ours, others = second.architecture, first.architecture
+    if others.model_type != ours.model_type or abs(others.vocab - ours.vocab) > PADDING_TOKENS:
+        why = (
+            f"it has {others.vocab:,} tokens of a {others.model_type}, '{second.name}' {ours.vocab:,} of a "
+            f"{ours.model_type}: its probabilities are of other tokens"
+        )
+    elif first.template != second.template:
+        why = f"it is trained on the template '{first.template}', and would read packs of '{second.template}'"
+    else:
+        return
+    raise RequestError(
+        f"'{first.name}' can't teach '{second.name}' its probabilities: {why}. Name a student of the same family as "
+        "VIA, or leave VIA out and learn from the text."
+    )
 
 
 def _with(hardware: Hardware, changes: dict[str, Any]) -> Hardware:

@@ -6,7 +6,7 @@ import importlib.metadata
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from r1distill.data.config import nearest
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.result import Result
 from r1distill.pipeline import calibration, plan
-from r1distill.pipeline.artifact import Artifact, building, find, fingerprint, place, seal
+from r1distill.pipeline.artifact import Artifact, building, find, fingerprint, partial_of, place, seal
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.stages import STAGES, Stage
 
@@ -47,22 +47,29 @@ LEAST_MIB = 200  # of free disk, or no stage is started
 class Step:
     """A stage of one run with its fingerprint: where its artifact is, or will be."""
 
+    run: Run
     stage: Stage
     label: str
     fingerprint: str
     identity: dict[str, Any]
     path: Path
-    inputs: dict[str, str]
+    inputs: dict[str, str]  # fingerprints, and where they lie
+    folders: dict[str, Path]
 
     def sealed(self) -> Artifact | None:
         return find(self.path, self.fingerprint)
+
+    @property
+    def partial(self) -> Path:
+        """Where an attempt builds it, or has left what it had."""
+        return partial_of(self.path)
 
     @property
     def state(self) -> str:
         """sealed, partial (a killed or running attempt is there) or missing."""
         if self.sealed():
             return "sealed"
-        return "partial" if (self.path.parent / f".{self.path.name}.partial").is_dir() else "missing"
+        return "partial" if self.partial.is_dir() else "missing"
 
 
 @dataclass(frozen=True)
@@ -83,24 +90,38 @@ def stage_names(until: str | None = None) -> list[str]:
 
 
 def chain(run: Run, until: str | None = None) -> list[Step]:
-    """The steps of a run, in order, up to and including ``until``; nothing is built."""
+    """The steps of a run, in order, up to and including ``until``; nothing is built.
+
+    Where another run's checkpoint is its teacher, that run's steps, up to its scores, stand before the first that asks
+    for it; what both share stands there once.
+    """
+    wanted = stage_names(until)
+    if run.via is None or run.asks_in not in wanted:
+        return _steps(run, wanted)
+    before = _steps(run.via, stage_names("scores"))
+    trained = [step.fingerprint for step in before if step.stage.name in ("checkpoint", "beyond")][-1]
+    steps = _steps(run.taught_by(trained), wanted)
+    place, there = [step.stage.name for step in steps].index(run.asks_in), {step.path for step in steps}
+    return [*steps[:place], *(step for step in before if step.path not in there), *steps[place:]]
+
+
+def _steps(run: Run, wanted: list[str]) -> list[Step]:
     steps: dict[str, Step] = {}
-    for stage in STAGES[: len(stage_names(until))]:
+    for stage in STAGES[: len(wanted)]:
         if not stage.wanted(run):
             continue
         inputs = {name: steps[name].fingerprint for name in stage.reads if name in steps}
         identity = {"stage": stage.name, "version": stage.version, "inputs": inputs, "decides": stage.decides(run)}
         digest, label = fingerprint(identity), stage.label(run)
         path = place(run.home, stage.name, label, digest)
-        steps[stage.name] = Step(stage, label, digest, identity, path, inputs)
+        folders = {name: steps[name].path for name in inputs}
+        steps[stage.name] = Step(run, stage, label, digest, identity, path, inputs, folders)
     return list(steps.values())
 
 
-def execute(run: Run, steps: list[Step]) -> Iterator[Done]:
+def execute(steps: Iterable[Step]) -> Iterator[Done]:
     """Bring every step into being, one after the other, and yield each when it is sealed."""
-    paths: dict[str, Path] = {}
     for step in steps:
-        paths[step.stage.name] = step.path
         if artifact := step.sealed():
             yield Done(step, artifact, built=False)
             continue
@@ -108,15 +129,15 @@ def execute(run: Run, steps: list[Step]) -> Iterator[Done]:
             if artifact := step.sealed():  # another run sealed it while we waited for its lock
                 yield Done(step, artifact, built=False)
                 continue
-            yield Done(step, _build(run, step, partial, {name: paths[name] for name in step.inputs}), built=True)
+            yield Done(step, _build(step, partial), built=True)
 
 
-def _build(run: Run, step: Step, partial: Path, inputs: dict[str, Path]) -> Artifact:
-    began = time.monotonic()
+def _build(step: Step, partial: Path) -> Artifact:
+    began, run = time.monotonic(), step.run
     _check_disk(partial)
     try:
         with calibration.watching(on_gpu=bool(run.hardware.gpus)) as peak:
-            result = step.stage.build(run, inputs, partial)
+            result = step.stage.build(run, step.folders, partial)
     except OSError as error:
         raise R1DistillError(
             f"{step.stage.name}: {error}. Nothing was sealed; mend the cause ({shutil.disk_usage(partial).free >> 20} "

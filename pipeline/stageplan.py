@@ -21,7 +21,7 @@ from r1distill.pipeline.training import Choice
 from r1distill.pipeline.workload import Workload, questions_asked
 from r1distill.students.catalogue import Grpo, Student
 from r1distill.teacher.serve import CPU_ENVIRONMENT
-from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, Teacher, VllmTeacher
+from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, Teacher
 
 CPU_KV_GIB = float(CPU_ENVIRONMENT["VLLM_CPU_KVCACHE_SPACE"])
 
@@ -97,8 +97,8 @@ class StagePlan:
         share = self.tokens / found.tokens if self.tokens and found.tokens else 1.0
         return answer.lasting(share * found.seconds / 3600, hardware)
 
-    def lines(self) -> list[str]:
-        """The stage as a person reads it."""
+    def lines(self, whose: bool = False) -> list[str]:
+        """The stage as a person reads it; ``whose`` it is, where there are several students."""
         detail = [f"layout: {self.layout}"] if self.layout else []
         if self.memory:
             sizes = f"{self.needed_gib:,.1f} of {self.available_gib:,.1f} GiB"
@@ -109,13 +109,14 @@ class StagePlan:
         detail += [f"rejected: {other}" for other in self.rejected]
         speed = [_amount(self.tokens) if self.tokens else ""]
         speed += [f"{self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""]
-        speed += [_duration(self.hours) if self.hours is not None else ""]
+        speed += [duration(self.hours) if self.hours is not None else ""]
         speed += [f"{self.gpu_hours:,.1f} GPU-hours" if self.gpu_hours is not None else ""]
         speed += [f"${self.usd:,}" if self.usd is not None else ""]
         detail += [", ".join(part for part in speed if part)] if any(speed) else []
         detail += [self.note] if self.note else []
         detail += [f"{self.measured}; the hours are taken from it"] if self.measured else []
-        head = f"{self.stage:<12}{'fits' if self.fits else 'DOES NOT FIT'}  {self.work}"
+        head = f"{self.stage:<12}{'fits' if self.fits else 'DOES NOT FIT'}  "
+        head += f"{self.subject}: {self.work}" if whose else self.work
         return [head, *(" " * 12 + line for line in detail), ""]
 
 
@@ -128,7 +129,8 @@ def _amount(tokens: int) -> str:
     return f"{tokens / 1e6:,.1f} M tokens" if tokens >= 1e6 else f"{tokens:,} tokens"
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
+    """Hours in words."""
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
@@ -245,7 +247,7 @@ def scores(student: Student, teacher: Teacher, hardware: Hardware, benchmarks: S
     if not (files and of_files.tokens and answer.hours):
         return answer
     hours = of_files.tokens / estimate.serving_rate_on_cpu(model, hardware) / 3600
-    note = f"{_duration(hours)} of it for {', '.join(files)}: llama.cpp answers on the CPU"
+    note = f"{duration(hours)} of it for {', '.join(files)}: llama.cpp answers on the CPU"
     note += "" if any(few) else "; student.variant_questions and variant_samples ask less"
     return replace(answer.lasting(answer.hours + hours, hardware), note=note)
 
@@ -362,6 +364,30 @@ def beyond(student: Student, hardware: Hardware, choice: Choice) -> StagePlan:
     return answer if choice.fits else replace(answer, reason=f"{name}: {answer.shortage}.")
 
 
+def logits(student: Student, hardware: Hardware, work: Workload, teacher: Student | None = None) -> StagePlan:
+    """One pass of the teacher of the student's own vocabulary over the packs, whole on every GPU. ``teacher`` is the
+    student that it is, where the run trains it first."""
+    assert student.distill
+    ref = student.distill.teacher
+    name = f"the top {student.distill.k} of {title(ref)} for every token"
+    model = footprint.of_architecture(teacher.name, teacher.architecture) if teacher else footprint.of_reference(ref)
+    if model is None:
+        return StagePlan("logits", name, note="the model's size is not known here: not checked")
+    memory = estimate.scoring(model, student.packs.context_tokens, on_gpu=bool(hardware.gpus))
+    if hardware.gpus:
+        available = hardware.gpu_memory_gib - training.reserve_gib(hardware.gpu_memory_gib)
+        used = hardware.gpus if hardware.ray_address else hardware.gpus_per_node
+        answer = StagePlan("logits", name, True, "a GPU", memory, available, f"whole on each of {used} GPUs")
+        if used < hardware.gpus:
+            answer = replace(answer, note="on one node: --set hardware.ray_address=… shares it out over all")
+    else:
+        answer = StagePlan("logits", name, True, "the machine", memory, hardware.memory_gib * MACHINE_SHARE, "CPU")
+        used = 0
+    if answer.shortage:
+        return replace(answer, fits=False, reason=f"{name}: {answer.shortage}.")
+    return answer.at(work.tokens, estimate.scoring_rate(model, hardware, used, work.mean_tokens or 0.0), hardware)
+
+
 def variants(student: Student, hardware: Hardware) -> StagePlan:
     """Quantising, block by block, in the machine's memory and, where there is one, on one GPU."""
     if not student.variants:
@@ -393,23 +419,3 @@ def _endpoint_usd(teacher: EndpointTeacher, work: Workload) -> Decimal | None:
     if price is None or work.tokens is None:
         return None
     return (price.output * work.tokens / 1_000_000).quantize(Decimal("0.01"))
-
-
-TEXT_BYTES = 4 * 4  # a token's text is about 4 bytes: in the ledger, the traces, the dataset and what gets published
-PACK_BYTES = 2 * 4  # its id and label, in 32 bits each
-
-
-def disk(student: Student, teacher: Teacher, work: Workload) -> Memory:
-    """GiB on one node: what is downloaded and written. A checkpoint of a run under way holds float32 weights and two
-    moments, and the last good one is kept while the next is written; variants are counted at a byte a parameter."""
-    parameters = student.architecture.parameters
-    states = 0.02 * parameters if student.sft.method.kind != "full" else 12 * parameters
-    model = footprint.of_reference(teacher.model) if isinstance(teacher, VllmTeacher) else None
-    return {
-        **({"teacher": model.weights_bytes / GIB} if model else {}),
-        "traces and packs": (work.tokens or 0) * (TEXT_BYTES + PACK_BYTES) / GIB,
-        **({"logits": (work.tokens or 0) * student.distill.bytes_per_token / GIB} if student.distill else {}),
-        "base and student": (3 if student.beyond else 2) * footprint.BF16 * parameters / GIB,
-        "training checkpoints": 2 * states / GIB,
-        "variants": len(student.variants) * parameters / GIB,
-    }

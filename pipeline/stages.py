@@ -122,7 +122,7 @@ def packs(run: Run, inputs: Inputs, out: Path) -> Result:
 
 @stage(
     reads=("packs",),
-    label=lambda run: run.student.name,
+    label=lambda run: run.label,
     decides=lambda run: run.identity_of_logits(),
     wanted=lambda run: run.student.distill is not None,
 )
@@ -130,12 +130,13 @@ def logits(run: Run, inputs: Inputs, out: Path) -> Result:
     """The top-k of a teacher of the student's own vocabulary, for every label of the packs."""
     from r1distill.students import logits
 
-    return logits.build(run.student, inputs["packs"], out, run.home, max(1, run.hardware.gpus_per_node))
+    processes, address = max(1, run.hardware.gpus_per_node), run.hardware.ray_address
+    return logits.build(run.student, inputs["packs"], out, run.home, processes, address)
 
 
 @stage(
     reads=("packs", "logits"),
-    label=lambda run: run.student.name,
+    label=lambda run: run.label,
     decides=lambda run: run.identity_of_checkpoint(),
 )
 def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
@@ -179,7 +180,7 @@ def trained(inputs: Inputs) -> Path:
 @stage(
     reads=("dataset", "checkpoint", "beyond"),
     version=2,
-    label=lambda run: run.student.name,
+    label=lambda run: run.label,
     decides=lambda run: run.identity_of_variants(),
 )
 def variants(run: Run, inputs: Inputs, out: Path) -> Result:
@@ -192,7 +193,7 @@ def variants(run: Run, inputs: Inputs, out: Path) -> Result:
 @stage(
     reads=("checkpoint", "beyond", "variants"),
     version=3,
-    label=lambda run: run.student.name,
+    label=lambda run: run.label,
     decides=lambda run: run.identity_of_scores(),
 )
 def scores(run: Run, inputs: Inputs, out: Path) -> Result:
@@ -203,9 +204,9 @@ def scores(run: Run, inputs: Inputs, out: Path) -> Result:
 
 
 @stage(
-    reads=("prompts", "traces", "verdicts", "dataset", "packs", "checkpoint", "beyond", "variants", "scores"),
+    reads=("prompts", "traces", "verdicts", "dataset", "packs", "logits", "checkpoint", "beyond", "variants", "scores"),
     version=2,
-    label=lambda run: run.student.name,
+    label=lambda run: run.label,
     decides=lambda run: run.identity_of_student("publication"),
 )
 def publication(run: Run, inputs: Inputs, out: Path) -> Result:

@@ -347,7 +347,7 @@ def _plain_head(student: Student, taken: Choice) -> Iterator[str]:
 
 def _candidates(student: Student, hardware: Hardware) -> list[Layout]:
     """Every layout that this training can run here, the simplest first; the student's ``launch`` goes over each."""
-    launch, quantised = student.sft.launch, isinstance(student.sft.method, QloraMethod)
+    launch, whole_only = student.sft.launch, isinstance(student.sft.method, QloraMethod) or student.distill is not None
     cpu = not hardware.gpus
     nodes = launch.nodes or hardware.nodes
     per_node = launch.processes_per_node or hardware.gpus_per_node or 1
@@ -359,7 +359,8 @@ def _candidates(student: Student, hardware: Hardware) -> list[Layout]:
             tried.append({**whole, "strategy": "fsdp2", "nodes": 1})
         tried += [] if cpu else [{**whole, "strategy": "fsdp2"}]
         tried += [{**whole, "strategy": "zero3"}] if launch.strategy == "zero3" else []
-        degrees = [] if quantised else [n for n in DEGREES if per_node % n == 0]  # 4-bit weights are no ZeRO-3's
+        # 4-bit weights are no ZeRO-3's, and the top-k has no cut sequences.
+        degrees = [] if whole_only else [n for n in DEGREES if per_node % n == 0]
         tried += [] if cpu else [{**whole, "strategy": "zero3", "sequence_parallel": n} for n in degrees]
     if not cpu and launch.checkpointing is not False:
         tried += [{**one, "offload_activations": True} for one in tried if one["strategy"] != "ddp"]

@@ -26,6 +26,7 @@ class Workload:
     completions: int | None = None
     mean_tokens: float | None = None
     assumptions: tuple[str, ...] = ()
+    counted: bool = False  # from the prompts, and not assumed
 
     @property
     def tokens(self) -> int | None:
@@ -51,7 +52,7 @@ def workload(student: Student, teacher: Teacher, prompts: PromptSet | None) -> W
     )
     if asked is not None:
         traces = asked * teacher.sampling.samples
-        return Workload(traces, mean, (f"{traces:,} traces, all of them kept", length))
+        return Workload(traces, mean, (f"{traces:,} traces, all of them kept", length), counted=True)
     if student.template == "r1":
         return Workload(RECIPE_TRACES, mean, (f"{RECIPE_TRACES:,} traces, as in the published recipe", length))
     return Workload(None, mean, ("how many prompts there are is not known: no hours",))

@@ -47,6 +47,7 @@ def model_card(story: Story) -> str:
             *([f"**{publication.notice}**", ""] if publication.notice else []),
             f"`{lineage['base']}` fine-tuned on {data['kept']:,} verified reasoning traces of `{lineage['teacher']}`,",
             f"the dataset `{DATASET}`{AT_COMMIT}.",
+            *_probabilities(lineage),
             *_beyond(story),
             "It thinks between `<think>` and `</think>` and then answers; the generation prompt opens the thinking.",
             "",
@@ -63,6 +64,12 @@ def model_card(story: Story) -> str:
             "",
         ]
     )
+
+
+def _probabilities(lineage: dict[str, Any]) -> list[str]:
+    """What it learned from beside the text."""
+    of = lineage.get("probabilities_of")
+    return [f"For each of their tokens it also learned the probabilities that `{of}` gives."] if of else []
 
 
 def _beyond(story: Story) -> list[str]:

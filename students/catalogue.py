@@ -167,6 +167,11 @@ class Distill(Settings):
         """On disk: 5 bytes an entry, and 2 for the label's own log-probability."""
         return 5 * self.k + 2
 
+    @staticmethod
+    def largest_k(bytes_per_token: float) -> int:
+        """The largest k whose tokens take no more than that; 0 where there is none."""
+        return max(0, min(1024, int((bytes_per_token - 2) // 5)))
+
 
 class _Beyond(Settings):
     """Learning from answers of its own, from where the training on traces ended; with its method, precision and launch.
@@ -419,6 +424,8 @@ class Student(Settings):
         shape = self.architecture
         if self.packs.context_tokens > shape.max_position:
             raise ValueError(f"packs.context_tokens is over the architecture's max_position ({shape.max_position})")
+        if self.distill and (self.sft.launch.sequence_parallel or 1) > 1:
+            raise ValueError("'distill' and sft.launch.sequence_parallel over 1 don't go together: leave one out")
         for name, variant in self.variants.items():
             group = getattr(variant, "group_size", 1)
             if isinstance(variant, Fp8Variant) and variant.scheme == "block":

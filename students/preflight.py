@@ -13,7 +13,7 @@ from pathlib import Path
 
 from r1distill.data import models
 from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.students import base
+from r1distill.students import base, logits
 from r1distill.students.catalogue import Student
 from r1distill.students.checks import CHECKS, SHIP, STUDENT, Problem
 from r1distill.students.subject import (
@@ -68,6 +68,12 @@ def require(student: Student, home: Path) -> None:
     if failed := [finding for finding in check(student, fetch(student, home)) if not finding.passed]:
         lines = "\n".join(f"- {finding}" for finding in failed)
         raise RequestError(f"the preflight of '{student.name}' failed; nothing was started:\n{lines}")
+
+
+def require_vocabulary(student: Student, teacher: Student, home: Path) -> None:
+    """Raise RequestError where the two bases don't have the same tokens at the same ids."""
+    with unpacked(fetch(student, home)) as mine, unpacked(fetch(teacher, home)) as its:
+        logits.check_vocabulary(tokenizer_of(mine), tokenizer_of(its), teacher.name)
 
 
 def fetch(student: Student, home: Path) -> Path:

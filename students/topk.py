@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def write(folder: Path, number: int, first: int, packs: pa.Table, k: int, rows: 
     folder.mkdir(parents=True, exist_ok=True)
     counts = targets(packs)
     shard = Shard(number, first, first + packs.num_rows, int(counts.sum()), k, digest(packs))
-    partial = folder / f".{shard.name}.partial"
+    partial = folder / f".{shard.name}.{uuid.uuid4().hex[:8]}"  # whoever is taken for dead may be writing it too
     with partial.open("wb") as handle:
         handle.truncate(_size(shard))
     if shard.rows:
@@ -120,10 +121,20 @@ def write(folder: Path, number: int, first: int, packs: pa.Table, k: int, rows: 
     with partial.open("rb") as handle:
         os.fsync(handle.fileno())
     partial.replace(_bin(folder, shard))
-    written = folder / f".{shard.name}.json"
-    written.write_text(json.dumps(asdict(shard)) + "\n")
-    written.replace(folder / f"{shard.name}.json")
+    partial.write_text(json.dumps(asdict(shard)) + "\n")
+    partial.replace(folder / f"{shard.name}.json")
     return shard
+
+
+def rows(folder: Path) -> int:
+    """How many rows the shards in a folder have, whole or not."""
+    return sum(json.loads(file.read_text())["rows"] for file in folder.glob("[0-9]*.json"))
+
+
+def sweep(folder: Path) -> None:
+    """Delete what writers that died have left."""
+    for file in folder.glob(".*"):
+        file.unlink(missing_ok=True)
 
 
 def _bin(folder: Path, shard: Shard) -> Path:

@@ -210,7 +210,8 @@ def _cluster(teacher: VllmTeacher, ray_address: str | None) -> str | None:
     address = ray_address or os.environ.get("RAY_ADDRESS") or "auto"
     kinds = ("tensor-parallel-size", "pipeline-parallel-size", "data-parallel-size")
     wanted = math.prod(int(teacher.options.get(kind, 1)) for kind in kinds)
-    free, everything = cluster.gpus(address)
+    with cluster.connected(address):
+        free, everything = cluster.gpus(free=True), cluster.gpus()
     if free < wanted:
         raise RequestError(
             f"the teacher '{teacher.name}' needs {wanted} GPUs, and the Ray cluster at '{address}' has {free} free of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from r1distill.pipeline import plan, runner, stageplan, stages
+from r1distill.pipeline import plan, runner, stages, storage
 from r1distill.pipeline.hardware import GIB
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.workload import Workload
@@ -42,7 +42,7 @@ def test_weights_of_the_loss_keep_the_logits(steps) -> None:
 
 def test_the_plan_counts_their_disk() -> None:
     run = Run.load("qwen-7b", overrides=[f"student.distill={{ kind: topk_kl, teacher: {TEACHER} }}"])
-    disk = stageplan.disk(run.student, run.teacher, Workload(1000, 5000.0))
+    disk = storage.needed(run.student, run.teacher, Workload(1000, 5000.0))
     assert disk["logits"] == pytest.approx(5_000_000 * (64 * 5 + 2) / GIB)
 
 

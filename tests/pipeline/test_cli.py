@@ -141,7 +141,7 @@ def test_a_disk_that_is_full_when_a_stage_starts_is_said_and_nothing_is_sealed(t
     monkeypatch.setenv("R1DISTILL_HOME", str(tiny_disk))
     run = Run.load("smollm2-135m")
     with pytest.raises(R1DistillError, match="free disk"):
-        list(runner.execute(run, runner.chain(run, until="prompts")))
+        list(runner.execute(runner.chain(run, until="prompts")))
     assert not list(tiny_disk.glob("*/*/manifest.json"))
 
 
@@ -151,5 +151,5 @@ def test_a_disk_that_fills_up_within_a_stage_is_said_and_nothing_is_sealed(tiny_
     many = ["prompts.sources.0.tasks.leg_counting.count=9000"]
     run = Run.load("smollm2-135m", overrides=many)
     with pytest.raises(R1DistillError, match="No space left.*Nothing was sealed"):
-        list(runner.execute(run, runner.chain(run, until="prompts")))
+        list(runner.execute(runner.chain(run, until="prompts")))
     assert not list(tiny_disk.glob("*/*/manifest.json"))
