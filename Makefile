@@ -49,7 +49,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3.12 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
 
-.PHONY: help setup distill plan preflight rehearse rehearse-all status report inspect publish embedded-teacher test soak bench bench-gpu lint clean
+.PHONY: help setup distill plan preflight rehearse rehearse-all status report inspect publish study embedded-teacher test soak bench bench-gpu lint clean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
@@ -105,6 +105,9 @@ inspect: setup
 
 publish: setup
 	@$(BIN)/r1distill publish --student '$(STUDENT)' $(HOP) $(CHANGES) $(if $(TO),--to '$(TO)')
+
+study: setup
+	@$(BIN)/r1distill study $(CHANGES)
 
 embedded-teacher: setup
 	@$(BIN)/r1distill embedded-teacher $(CHANGES)

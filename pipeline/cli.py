@@ -356,6 +356,30 @@ def publish(
         report.show_files(path, *publish.check(path, run.home), out, as_json)
 
 
+@app.command()
+def study(
+    student: Annotated[
+        str | None,
+        typer.Option(help="A student with 'distill' in its file; default: SmolLM2 with a third of its layers."),
+    ] = None,
+    teacher: TeacherName = None,
+    prompts: PromptsName = None,
+    hardware: HardwareName = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How often each arm is trained.")] = 3,
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """One student by a teacher's text alone, its top-k alone, and both; scored alike, in a table with intervals."""
+    from r1distill.pipeline import page, report
+    from r1distill.pipeline.run import home_folder
+    from r1distill.pipeline.study import Study
+
+    home = home_folder()
+    one = Study(home, student, teacher, prompts, hardware, seeds, changes or [])
+    artifact = one.execute(lambda name, done: None if as_json else report.show_arm(name, done, out))
+    report.show_study(artifact, page.write(home, one.student.name, home / "report"), out, as_json)
+
+
 @app.command("embedded-teacher")
 def embedded_teacher(changes: Changes = None) -> None:
     """Train the embedded teacher's adapter again, from worked solutions, with the project's own stages."""

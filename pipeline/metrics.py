@@ -57,7 +57,7 @@ def interval(means: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """The 2.5th and 97.5th percentile of the mean when questions are drawn with replacement."""
     import numpy as np
 
-    low, high = np.percentile(_resampled(np.asarray(means, dtype=float), seed), [2.5, 97.5])
+    low, high = np.percentile(_resampled(np.asarray([means], dtype=float), seed), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -67,12 +67,29 @@ def paired(ours: Mapping[str, float], theirs: Mapping[str, float], seed: int = 0
     Both models' answers to a question are drawn together, so how hard it is drops out. ``verdict`` is better or worse
     where the interval leaves out zero, else open.
     """
+    return paired_runs([ours], [theirs], seed)
+
+
+def over_runs(runs: Sequence[Mapping[str, float]], seed: int = 0) -> dict[str, Any]:
+    """The mean over several runs' means over the questions that all were asked, with its bootstrap 95% interval (see
+    ``_resampled``)."""
     import numpy as np
 
-    both = sorted(ours.keys() & theirs.keys())
-    differences = np.asarray([ours[key] - theirs[key] for key in both], dtype=float)
+    values = _table(runs, sorted(set.intersection(*(set(run) for run in runs))))
+    low, high = np.percentile(_resampled(values, seed), [2.5, 97.5])
+    return {"accuracy": float(values.mean()), "low": float(low), "high": float(high), "questions": values.shape[1]}
+
+
+def paired_runs(
+    ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]], seed: int = 0
+) -> dict[str, Any]:
+    """``paired`` of several runs each; the n-th of ours and of theirs, which had one seed, are drawn together."""
+    import numpy as np
+
+    both = sorted(set.intersection(*(set(run) for run in (*ours, *theirs))))
     if not both:
         return {"difference": None, "low": None, "high": None, "questions": 0, "verdict": "open"}
+    differences = _table(ours, both) - _table(theirs, both)
     low, high = (float(value) for value in np.percentile(_resampled(differences, seed), [2.5, 97.5]))
     verdict = "better" if low > 0 else "worse" if high < 0 else "open"
     return {
@@ -125,12 +142,22 @@ def _powers(k: int) -> list[int]:
     return sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
 
 
-def _resampled(values: Any, seed: int) -> Any:
-    """Means of BOOTSTRAPS draws of as many values with replacement."""
+def _table(runs: Sequence[Mapping[str, float]], questions: Sequence[str]) -> Any:
+    """(runs, questions) values."""
     import numpy as np
 
-    draws = np.random.default_rng(seed).integers(0, len(values), (BOOTSTRAPS, len(values)))
-    return values[draws].mean(axis=1)
+    return np.asarray([[run[key] for key in questions] for run in runs], dtype=float)
+
+
+def _resampled(values: Any, seed: int) -> Any:
+    """Means of BOOTSTRAPS draws with replacement from (runs, questions): as many questions and, drawn by themselves, as
+    many runs (the pigeonhole bootstrap, arXiv 0712.1111). Of a single run only the questions are drawn."""
+    import numpy as np
+
+    draw, (runs, questions) = np.random.default_rng(seed), values.shape
+    columns = draw.integers(0, questions, (BOOTSTRAPS, questions))
+    often = draw.multinomial(runs, np.full(runs, 1 / runs), BOOTSTRAPS)  # each run is drawn
+    return np.take_along_axis(often @ values / runs, columns, axis=1).mean(axis=1)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from r1distill.data import schema
 from r1distill.data.config import names
 from r1distill.data.errors import RequestError
-from r1distill.pipeline import plots, published
+from r1distill.pipeline import plots, published, study
 from r1distill.pipeline.report import differences, rank
 from r1distill.pipeline.runner import stage_names
 
@@ -132,6 +132,7 @@ def _blocks(home: Path, student: str, stages: dict[str, tuple[Path, Manifest]]) 
     else:
         yield Heading("Scores")
         yield Text("Not scored yet.")
+    yield from _study(home, student)
     yield from _students(home)
     yield from _plots(stages)
 
@@ -217,6 +218,20 @@ def _figure(figure: dict[str, Any]) -> str:
     cons = f", cons@64 {figure['cons']:.1%}" if figure["cons"] is not None else ""
     settings = f"k = {figure['k']}, temperature {figure['temperature']}, top-p {figure['top_p']}"
     return f"pass@1 {figure['accuracy']:.1%}{cons} ({settings}, {figure['max_tokens']:,} tokens; {figure['source']})"
+
+
+def _study(home: Path, student: str) -> Iterator[Block]:
+    """The student's newest study, where there is one."""
+    if not (newest := newest_of(home, study.STAGE, student)):
+        return
+    found = newest[1]["metrics"]["study"]
+    yield Heading("Study: ways to learn from one teacher")
+    yield Text(study.in_words(found))
+    for name, bench in found["benchmarks"].items():
+        yield Heading(f"{bench['title']} ({name})", 3)
+        yield Text(study.asked_in_words(bench))
+        yield Table(*study.cells(bench))
+        yield Plot(f"study-{name}", f"Study: {bench['title']}", plots.arms(bench))
 
 
 def _students(home: Path) -> Iterator[Block]:

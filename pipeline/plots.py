@@ -93,6 +93,20 @@ def pass_rates(shares: Sequence[float]) -> bytes | None:
     return _png(figure)
 
 
+def arms(bench: Mapping[str, Any]) -> bytes:
+    """pass@1 of a study's arms with its interval, and each seed's as a dot."""
+    figure, (panel,) = _figure(1)
+    for place, row in enumerate(bench["arms"]):
+        y = 100 * row["accuracy"]
+        spread = [[max(0.0, y - 100 * row["low"])], [max(0.0, 100 * row["high"] - y)]]
+        panel.errorbar([place], [y], yerr=spread, fmt="_", capsize=4, color="black")
+        panel.plot([place] * len(row["by_seed"]), [100 * each for each in row["by_seed"]], "o", alpha=0.5)
+    panel.set_xticks(range(len(bench["arms"])), [row["arm"] for row in bench["arms"]])
+    _named(panel, bench["title"], "", "pass@1, %", legend=False)
+    panel.set_ylim(-2, 102)
+    return _png(figure)
+
+
 def _rank(level: str) -> tuple[int, str]:
     """Numbers by size, LiveCodeBench's words by what they mean, others by name."""
     words = ("easy", "medium", "hard")

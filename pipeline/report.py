@@ -78,6 +78,12 @@ def show_stage(done: Done, out: Console) -> None:
     )
 
 
+def show_arm(name: str, done: Done, out: Console) -> None:
+    """``show_stage`` in one arm of a study."""
+    out.print(f"[bold]{name:<12}[/bold]", end="")
+    show_stage(done, out)
+
+
 def show_end(run: Run, done: list[Done], out: Console, as_json: bool) -> None:
     """The report: rows and reasons, scores, seconds, where everything lies, what to type next."""
     own, before = ([item for item in done if (item.step.run.via is run.via) is mine] for mine in (True, False))
@@ -219,6 +225,24 @@ def differences(bench: dict[str, Any]) -> list[str]:
         interval = "" if one["difference"] is None else f" (95%: {100 * one['low']:+.1f} to {one['high']:+.1%})"
         lines.append(f"{one['model']} against {one['against']}: {said}{interval}, {one['questions']} questions, paired")
     return lines
+
+
+def show_study(artifact: Artifact, files: list[Path], out: Console, as_json: bool) -> None:
+    """What a study found, and the pages that were written of it."""
+    from r1distill.pipeline import study
+
+    found = artifact.manifest["metrics"]["study"]
+    if as_json:
+        print(json.dumps({**found, "path": str(artifact.path), "files": [str(file) for file in files]}))
+        return
+    for bench in found["benchmarks"].values():
+        columns, rows = study.cells(bench)
+        table = _table(*columns, right=tuple(columns[1:]), title=f"{found['student']}: {bench['title']}")
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)
+    for file in [artifact.path, *files]:
+        out.print(str(file), markup=False)
 
 
 def rank(model: str) -> tuple[int, str]:

@@ -55,17 +55,30 @@ class Reference:
 
     def divergence(self, theirs: Weights) -> float:
         """The mean over target tokens of KL(checkpoint || variant), whose weights are given."""
+        return self._means(self.checkpoint, theirs)[0]
+
+    def reading(self, other: Path) -> tuple[float, float]:
+        """(KL(checkpoint || other), other's cross-entropy), means over target tokens, of a model of any shape that has
+        the same vocabulary but for padding."""
+        return self._means(other, weights(other))
+
+    def _means(self, model: Path, theirs: Weights) -> tuple[float, float]:
         import torch
 
-        states = last_states(self.checkpoint, theirs, self.sequences)
-        total = 0.0
-        ours_head, their_head = (_head(which).to(states.device) for which in (self._weights, theirs))
+        states = last_states(model, theirs, self.sequences)
+        targets = torch.tensor([token for one in self.sequences for token in one.ids[one.first :]]).to(states.device)
+        heads = [_head(which).to(states.device) for which in (self._weights, theirs)]
+        vocab = min(map(len, heads))  # one of them may be padded
+        ours_head, their_head = (head[:vocab] for head in heads)
+        divergence = loss = 0.0
         with torch.inference_mode():
             for start in range(0, len(states), ROWS):
-                p = _log_probabilities(self._states[start : start + ROWS], ours_head)
-                q = _log_probabilities(states[start : start + ROWS], their_head)
-                total += float((p.exp() * (p - q)).sum())
-        return total / len(states)
+                here = slice(start, start + ROWS)
+                p = _log_probabilities(self._states[here], ours_head)
+                q = _log_probabilities(states[here], their_head)
+                divergence += float((p.exp() * (p - q)).sum())
+                loss -= float(q.gather(1, targets[here, None]).sum())
+        return divergence / len(states), loss / len(states)
 
 
 def _head(which: Weights) -> torch.Tensor:

@@ -99,6 +99,16 @@ def test_extends_merges_once_and_a_changed_kind_replaces(write):
         load("students", "grandchild", Thing)
 
 
+def test_an_empty_mapping_takes_away_what_the_extended_file_has(write):
+    class Named(Settings):
+        name: str = execution()
+        variants: dict[str, int] = {}
+
+    write("base", "variants: {a: 1}\n")
+    write("child", "extends: base\nvariants: {}\n")
+    assert load("students", "child", Named).variants == {}
+
+
 def test_a_wrong_name_is_answered_with_the_nearest(write):
     write("qwen-14b", GOOD)
     with pytest.raises(RequestError, match="Did you mean 'qwen-14b'"):

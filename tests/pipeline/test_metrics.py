@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from r1distill.pipeline.metrics import consensus, interval, paired, pass_at, summary
+from r1distill.pipeline.metrics import consensus, interval, over_runs, paired, paired_runs, pass_at, summary
 
 
 def answers(*questions: str, votes: list[list[int | None]] | None = None, tokens: int | None = 10) -> list[dict]:
@@ -126,3 +126,38 @@ def test_paired_looks_only_at_questions_that_both_were_asked():
     found = paired({"a": 1.0, "b": 1.0}, {"b": 1.0, "c": 0.0})
     assert (found["questions"], found["difference"], found["verdict"]) == (1, 0.0, "open")
     assert paired({"a": 1.0}, {"b": 0.0})["questions"] == 0
+
+
+def runs_of(draw: np.random.Generator, runs: int, questions: int, gain: float = 0.0) -> list[dict[str, float]]:
+    """Runs and questions of which some are better than others, around 0.5 + ``gain``."""
+    of_runs, of_questions = draw.normal(0, 0.05, (runs, 1)), draw.normal(0, 0.2, questions)
+    values = 0.5 + gain + of_runs + of_questions + draw.normal(0, 0.1, (runs, questions))
+    return [{f"q{n}": float(value) for n, value in enumerate(row)} for row in values]
+
+
+def test_over_runs_covers_the_truth_though_runs_and_questions_both_vary():
+    draw = np.random.default_rng(11)
+    found = [over_runs(runs_of(draw, 8, 60)) for _ in range(200)]
+    covered = sum(one["low"] <= 0.5 <= one["high"] for one in found) / len(found)
+    assert 0.88 <= covered <= 1.0
+    alone = [interval([value for run in runs_of(draw, 8, 60) for value in run.values()]) for _ in range(40)]
+    assert sum(low <= 0.5 <= high for low, high in alone) / 40 < 0.8  # as if all answers were independent: too narrow
+
+
+def test_over_runs_of_one_run_is_the_interval_over_questions():
+    (run,) = runs_of(np.random.default_rng(2), 1, 50)
+    found = over_runs([run])
+    assert (found["low"], found["high"]) == interval([run[key] for key in sorted(run)])
+    assert found["questions"] == 50
+
+
+def test_paired_runs_is_paired_for_one_run_and_draws_seeds_together():
+    draw = np.random.default_rng(4)
+    theirs = runs_of(draw, 3, 40)
+    better = [{key: value + 0.02 for key, value in run.items()} for run in theirs]
+    found = paired_runs(better, theirs)
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx((0.02, 0.02, 0.02))
+    assert found["verdict"] == "better" and paired_runs(theirs, better)["verdict"] == "worse"
+    assert paired_runs(better[:1], theirs[:1]) == paired(better[0], theirs[0])
+    noise = [paired_runs(runs_of(draw, 3, 40), runs_of(draw, 3, 40))["verdict"] for _ in range(100)]
+    assert noise.count("open") >= 80  # three seeds say little of how seeds vary
