@@ -20,7 +20,7 @@ NAME, WHOLE, TEACHER = "smollm2-third", "smollm2-135m", "embedded"
 # 2403.17887, section 4). What is left writes nothing sensible until it is trained.
 KEPT = (0, 3, 6, 10, 13, 16, 19, 23, 26, 29)
 SUMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}  # short answers: a token is dear on a CPU
-PROMPTS, QUESTIONS, SAMPLES = 640, 96, 2
+PROMPTS, QUESTIONS, SAMPLES, ANSWER_TOKENS = 640, 96, 1, 64
 INSTRUCTION = "Think step by step and box the final answer."
 
 
@@ -37,7 +37,7 @@ def write(home: Path) -> tuple[str, str]:
         "base": {"kind": "folder", "path": str(folder / "base")},
         "architecture": {"layers": len(KEPT), "parameters": parameters},
         # A damaged model learns more than it keeps: a higher rate than the whole one's.
-        "sft": {"learning_rate": 1.0e-3, "epochs": 3, "batch_traces": 6, "save_steps": 100},
+        "sft": {"learning_rate": 1.0e-3, "epochs": 1, "batch_traces": 6, "save_steps": 100},
         "distill": {"kind": "topk_kl", "teacher": teacher.model.model_dump(mode="json"), "k": 64, "ce_weight": 0.1},
         "benchmarks": [str(files["held-out-sums"])],
         "teacher": TEACHER,
@@ -54,7 +54,7 @@ def write(home: Path) -> tuple[str, str]:
         "instruction": INSTRUCTION,
         "k": SAMPLES,
         "temperature": 0.6,
-        "max_tokens": 80,
+        "max_tokens": ANSWER_TOKENS,
     }
     for file, values in zip(files.values(), (student, prompts, benchmark), strict=True):
         file.write_text(yaml.safe_dump(values, sort_keys=False))
