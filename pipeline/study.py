@@ -98,7 +98,7 @@ class Study:
 
     def _trained(self, arm: str, seed: int) -> Trained:
         run = self._run(*ARMS[arm], f"student.sft.seed={seed}")
-        return Trained(arm, seed, run, runner.chain(run, "checkpoint")[-1])
+        return Trained(arm, seed, run, runner.chain(run, "beyond")[-1])
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -134,8 +134,8 @@ class Study:
         """Build what is not there; the shared stages' steps by name."""
         steps: list[Step] = []
         for one in self.trained:
-            steps = runner.chain(one.run, one.step.stage.name)
-            for done in runner.execute(one.run, steps):
+            steps = runner.chain(one.run, "beyond")
+            for done in runner.execute(steps):
                 if done.built or done.step.stage is one.step.stage:
                     tell(one.name, done)
         return {step.stage.name: step for step in steps}

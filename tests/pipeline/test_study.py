@@ -84,7 +84,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def fingerprints(one: study.Trained) -> dict[str, str]:
-    return {step.stage.name: step.fingerprint for step in runner.chain(one.run, "checkpoint")}
+    return {step.stage.name: step.fingerprint for step in runner.chain(one.run, "beyond")}
 
 
 def test_arms_share_all_that_they_can(files: dict[str, str], tmp_path: Path) -> None:
