@@ -44,7 +44,10 @@ KIND := $(if $(filter auto,$(DEVICE)),$(shell nvidia-smi -L 2>/dev/null | grep -
 LOCK := $(if $(filter gpu,$(KIND)),requirements/gpu.txt,requirements/cpu.lock)
 LIBRARIES := $(VENV)/.libraries-$(KIND)-$(firstword $(shell cksum < $(LOCK)))
 PACKAGE := $(VENV)/.package-$(KIND)-$(firstword $(shell cksum < pyproject.toml))
-# --no-compile: compiling all of torch's and vLLM's modules takes longer than installing them; Python compiles what is used.
+# --no-compile: compiling all of torch's and vLLM's modules takes longer than installing them. What the stages import is
+# compiled once, also where the environment forbids Python to keep that, as containers' do: every process would do it anew.
+export PYTHONDONTWRITEBYTECODE :=
+IMPORTED := vllm.entrypoints.openai.api_server trl.trainer.sft_trainer auto_round
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --no-compile
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3.12 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && break; python=; done
@@ -77,6 +80,7 @@ endif
 $(PACKAGE): $(LIBRARIES)
 	@rm -f $(VENV)/.package-*
 	@$(PIP) --no-deps --no-build-isolation --editable .
+	@for module in $(IMPORTED); do $(BIN)/python -c "import $$module" > /dev/null 2>&1 & done; wait
 	@touch $@
 
 distill: setup

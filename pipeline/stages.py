@@ -187,7 +187,7 @@ def variants(run: Run, inputs: Inputs, out: Path) -> Result:
     """Quantised forms of the checkpoint, checked statically; nothing is served here."""
     from r1distill.students import quantise
 
-    return quantise.build(run.student, trained(inputs), inputs["dataset"], out)
+    return quantise.build(run.student, trained(inputs), inputs["dataset"], out, run.hardware.gpus_per_node)
 
 
 @stage(

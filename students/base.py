@@ -106,14 +106,33 @@ def load(
     attn_implementation: str = "sdpa",
     **options: Any,
 ) -> PreTrainedModel:
-    """Load the base in ``folder`` as ``config`` has it. Raises what that raises."""
+    """Load the base in ``folder`` as ``config`` has it. Raises what that raises.
+
+    Raises RequestError also where the base lacks weights, which transformers would make up.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import logging
 
     student = config(architecture, folder, tokenizer)
     untie = AutoConfig.from_pretrained(folder).tie_word_embeddings and not architecture.tied
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=student, dtype=dtype, attn_implementation=attn_implementation, **options
-    )
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report calls the output embedding of an untied base newly initialised
+    try:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=student,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **options,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(set(told["missing_keys"]) - ({"lm_head.weight"} if untie else set())):
+        raise RequestError(
+            f"the base in {folder} lacks {len(missing)} weights, {missing[0]} for one. Download it again, or correct "
+            "'base' in the student's file."
+        )
     if untie:  # the checkpoint holds one matrix; the output embedding starts as a copy of it
         untied(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     model.generation_config = GenerationConfig(**SAMPLING, **marks(tokenizer))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from r1distill.data.errors import R1DistillError
+from r1distill.students.tensors import gguf
 
 if TYPE_CHECKING:
     import torch
@@ -153,9 +154,7 @@ class GgufWeights:
     """Weights in a GGUF file. llama.cpp's Llama pairs the rows of queries and keys otherwise, which is taken back."""
 
     def __init__(self, file: Path):
-        from gguf import GGUFReader
-
-        reader = GGUFReader(file)  # which takes seconds, for the vocabulary
+        reader = gguf(file)
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._fields = reader.fields
         self.kind = self.field("general.architecture")

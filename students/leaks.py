@@ -15,7 +15,7 @@ from typing import Any
 from r1distill.data.config import ROOT
 from r1distill.data.errors import R1DistillError
 from r1distill.students.inventory import Entry
-from r1distill.students.tensors import MAX_HEADER_BYTES
+from r1distill.students.tensors import MAX_HEADER_BYTES, gguf
 
 KEY = re.compile(
     rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[opsu]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40,}"
@@ -119,9 +119,7 @@ def _text_bytes(file: Path) -> int:
         with file.open("rb") as handle:
             return min(size, 8 + min(int.from_bytes(handle.read(8), "little"), MAX_HEADER_BYTES))
     if file.suffix == ".gguf":
-        from gguf import GGUFReader
-
-        return int(GGUFReader(file).data_offset)
+        return int(gguf(file).data_offset)
     return size
 
 

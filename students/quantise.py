@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from tqdm import tqdm
 
 from r1distill.data import schema
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from r1distill.students.divergence import Reference
 
 PROBES = "prompts.json"
+PROCESS_BYTES = 3 << 30  # of a process beside the weights
 TOKENS_AT_ONCE = 16_384  # of calibration: eight pieces of 2,048 tokens, or fewer that are longer
 
 # How llama.cpp calls the ways to cut text into words before its bytes are merged, by the pattern that does it.
@@ -44,8 +47,11 @@ LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 PRE_TOKENIZERS = {QWEN2: "qwen2", LLAMA3: "llama-bpe", "": "gpt-2", "digits": "smollm"}
 
 
-def build(student: Student, checkpoint: Path, dataset: Path, out: Path) -> Result:
-    """Write every variant of ``checkpoint`` to ``out/<name>``; what a cut-off run finished is kept."""
+def build(student: Student, checkpoint: Path, dataset: Path, out: Path, gpus: int = 0) -> Result:
+    """Write every variant of ``checkpoint`` to ``out/<name>``; what a cut-off run finished is kept.
+
+    Several are made at a time: one on each of the ``gpus``, or on the CPU as many as it has cores and free memory for.
+    """
     work = out / ".work"
     missing = [name for name in student.variants if not (_facts(work, name).is_file() and (out / name).is_dir())]
     if missing or not (out / PROBES).is_file():
@@ -62,10 +68,18 @@ def build(student: Student, checkpoint: Path, dataset: Path, out: Path) -> Resul
         done = len(student.variants) - len(missing)
         bar = tqdm(total=len(student.variants), initial=done, desc="variants", unit="variant", disable=None, delay=2)
         with bar:
-            for message in worker.run("r1distill.students.quantise", job, work):
+            processes = max(1, min(len(missing), gpus or _fit(checkpoint)))
+            launcher = ["torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+            for message in worker.run("r1distill.students.quantise", job, work, launchers=[launcher]):
                 bar.update("made" in message)
     metrics = {name: json.loads(_facts(work, name).read_text()) for name in student.variants}
     return Result(len(metrics), len(metrics), {}, metrics, unit="variants")
+
+
+def _fit(checkpoint: Path) -> int:
+    """How many processes the machine's cores and free memory are enough for; one holds the weights in float32 twice."""
+    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    return min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // (4 * weights + PROCESS_BYTES))
 
 
 def _facts(work: Path, name: str) -> Path:
@@ -73,7 +87,8 @@ def _facts(work: Path, name: str) -> Path:
 
 
 def main(job: dict[str, Any]) -> None:
-    """In the worker: each variant quantised, given the checkpoint's files, checked, and told of when it is whole."""
+    """In a worker: the variants that no other took, quantised, given the checkpoint's files and checked."""
+    import torch
     from transformers import AutoTokenizer
 
     from r1distill.students.dequantise import weights
@@ -81,10 +96,20 @@ def main(job: dict[str, Any]) -> None:
 
     student = Student.model_validate(job["student"])
     checkpoint, dataset, out = Path(job["checkpoint"]), Path(job["dataset"]), Path(job["out"])
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    elif world > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    (out / PROBES).write_text(json.dumps(probes(student, tokenizer, dataset), ensure_ascii=False), encoding="utf-8")
+    if rank == 0:
+        (out / PROBES).write_text(json.dumps(probes(student, tokenizer, dataset), ensure_ascii=False), encoding="utf-8")
     references: dict[int, Reference] = {}
     for name in job["variants"]:
+        try:
+            (out / ".work" / name).mkdir()
+        except FileExistsError:
+            continue
         variant, began = student.variants[name], time.monotonic()
         pieces = calibration(student, variant, tokenizer, dataset) if variant.calibrated else None
         made = make(student, name, pieces, checkpoint, out / ".work" / name)
@@ -213,7 +238,7 @@ def quantise(variant: Variant, checkpoint: Path, pieces: torch.Tensor | None, ou
         nsamples=count,
         seqlen=length,
         batch_size=at_once,
-        device_map=0 if cuda else "cpu",
+        device_map=torch.cuda.current_device() if cuda else "cpu",
         low_gpu_mem_usage=cuda,  # one block on the GPU at a time, and its inputs in the machine's memory
         enable_torch_compile=cuda,  # which takes longer on a CPU than it saves
         trust_remote_code=False,

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from r1distill.data import cluster, models
 from r1distill.data.errors import R1DistillError, RequestError
+from r1distill.teacher.preloaded import MAIN, Forked, Preloaded
 from r1distill.teacher.settings import EndpointTeacher, Price, RecordedTeacher, VllmTeacher
 from r1distill.teacher.watch import GRACE_SECONDS
 
@@ -41,7 +42,7 @@ VLLM_OPTIONS: dict[str, Any] = {"generation-config": "vllm", "disable-log-stats"
 VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "PYTHONWARNINGS": "ignore"}
 # Works for both builds: `vllm serve` of the CPU's looks for another package's metadata. Run by way of -c, as processes
 # that Python spawns would import the main module again: three seconds for nothing.
-VLLM_MAIN = "import runpy; runpy.run_module('vllm.entrypoints.openai.api_server', run_name='__main__')"
+VLLM = ("-c", f"import runpy; runpy.run_module('{MAIN}', run_name='__main__')")
 
 CPU_OPTIONS: dict[str, Any] = {"enforce-eager": True}  # compiling takes minutes
 CPU_ENVIRONMENT = {
@@ -75,18 +76,26 @@ class VllmSpec:
 
     def command(self, port: int) -> list[str]:
         """What starts the server."""
-        return [sys.executable, *self._arguments(port, on_cpu())]
+        return [sys.executable, *VLLM, *self.arguments(port, on_cpu())]
+
+    @property
+    def preloads(self) -> bool:
+        """Whether it can be a fork of a process that has vLLM loaded already."""
+        return on_cpu() and not self.environment and sys.platform == "linux"
 
     def script(self, port: int, cpu: bool) -> str:
         """The same for vLLM's CPU or GPU build, as a shell script for another machine."""
         ours = {**VLLM_ENVIRONMENT, **(CPU_ENVIRONMENT if cpu else {}), **self.environment}
         exports = [f"export {name}={shlex.quote(value)}" for name, value in ours.items()]
-        return "\n".join(["#!/bin/bash", *exports, f"exec python {shlex.join(self._arguments(port, cpu))}", ""])
+        return "\n".join(
+            ["#!/bin/bash", *exports, f"exec python {shlex.join([*VLLM, *self.arguments(port, cpu)])}", ""]
+        )
 
-    def _arguments(self, port: int, cpu: bool) -> list[str]:
+    def arguments(self, port: int, cpu: bool) -> list[str]:
+        """What follows vLLM's name."""
         options = {**VLLM_OPTIONS, **(CPU_OPTIONS if cpu else {}), **self.options}
         where = {"model": self.model, "served-model-name": self.served_name, "host": self.host, "port": port}
-        return ["-c", VLLM_MAIN, *flags({**where, **options})]
+        return flags({**where, **options})
 
     def variables(self) -> dict[str, str]:
         """The server's environment: what the user has set goes over our defaults, the specification over both."""
@@ -239,11 +248,12 @@ def in_turn(specs: Sequence[VllmSpec | LlamaSpec | EndpointTeacher], logs: Path)
     """
     ahead = 2 if on_cpu() else 1
     servers: dict[int, Server] = {}
+    preloaded = Preloaded()
     try:
         for turn, spec in enumerate(specs):
             for place, coming in enumerate(specs[turn : turn + ahead], turn):
                 if place not in servers and not isinstance(coming, EndpointTeacher):
-                    servers[place] = Server(coming, logs)
+                    servers[place] = Server(coming, logs, preloaded)
                     servers[place].launch()
             if isinstance(spec, EndpointTeacher):
                 endpoint = _endpoint(spec)
@@ -257,6 +267,7 @@ def in_turn(specs: Sequence[VllmSpec | LlamaSpec | EndpointTeacher], logs: Path)
     finally:
         for server in servers.values():
             server.stop()
+        preloaded.close()
 
 
 def wait_for_interrupt(endpoint: Endpoint | None = None) -> None:
@@ -276,19 +287,23 @@ def wait_for_interrupt(endpoint: Endpoint | None = None) -> None:
 class Server:
     """One server's life. It runs under ``teacher.watch``, which ends it and all its children when we are gone."""
 
-    def __init__(self, spec: VllmSpec | LlamaSpec, logs: Path):
-        self.spec, self.restarts = spec, 0
+    def __init__(self, spec: VllmSpec | LlamaSpec, logs: Path, preloaded: Preloaded | None = None):
+        self.spec, self.preloaded, self.restarts = spec, preloaded, 0
         self.port = _port(spec.host, spec.port)
         host = ALL_HOSTS.get(spec.host, spec.host)
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         logs.mkdir(parents=True, exist_ok=True)
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         self.log = logs / f"{spec.served_name.replace('/', '-')}-{stamp}-{self.port}.log"
-        self._watcher: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | Forked | None = None
         self._log: IO[bytes] | None = None
 
     def launch(self) -> None:
         """Start it, and don't wait."""
+        if self.preloaded and isinstance(self.spec, VllmSpec) and self.spec.preloads:
+            arguments = self.spec.arguments(self.port, cpu=True)
+            self._watcher = self.preloaded.start(arguments, self.spec.variables(), self.log)
+            return
         self._log = self.log.open("ab")
         self._watcher = subprocess.Popen(
             [sys.executable, "-m", "r1distill.teacher.watch", str(os.getpid()), *self.spec.command(self.port)],

@@ -13,12 +13,28 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 GRACE_SECONDS = 10.0
 
 
 def main(parent: int, command: list[str]) -> None:
-    """Start ``command`` and watch it and the process ``parent``; does not return."""
+    """Start ``command`` and watch it and the process ``parent``; does not return, unless that is gone already."""
+    if (parents_end := end_of(parent)) is not None:
+        watch(parents_end, lambda: subprocess.Popen(command, stdin=subprocess.DEVNULL).pid)
+
+
+def end_of(parent: int) -> int | None:
+    """A descriptor that can be read when our ``parent`` dies; None where it is dead."""
+    try:
+        end = os.pidfd_open(parent)
+    except ProcessLookupError:
+        return None
+    return end if os.getppid() == parent else None  # its number may be another's by now
+
+
+def watch(parents_end: int, start: Callable[[], int]) -> None:
+    """Watch the process that ``start`` gives the number of, a child of ours; does not return."""
     if os.getpgrp() != os.getpid():
         os.setsid()
     told_read, told_write = os.pipe()
@@ -26,27 +42,28 @@ def main(parent: int, command: list[str]) -> None:
     signal.set_wakeup_fd(told_write)  # SIGTERM wakes poll() up
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        parents_end = os.pidfd_open(parent)
-    except ProcessLookupError:
-        return
-    if os.getppid() != parent:  # it died before we looked; its number may be another's by now
-        return
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    server = start()
+    its_end = os.pidfd_open(server)
     waiting = select.poll()
-    for end in (told_read, parents_end, os.pidfd_open(server.pid)):
+    for end in (told_read, parents_end, its_end):
         waiting.register(end, select.POLLIN)
     waiting.poll()
-    if server.poll() is None:
-        server.terminate()
-        try:
-            server.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            print(f"the server did not end within {GRACE_SECONDS:g} s and is killed", file=sys.stderr, flush=True)
-    else:
-        print(f"the server ended by itself with exit code {server.returncode}", file=sys.stderr, flush=True)
+    if select.select([its_end], [], [], 0)[0]:
+        code = os.waitstatus_to_exitcode(os.waitpid(server, 0)[1])
+        print(f"the server ended by itself with exit code {code}", file=sys.stderr, flush=True)
         time.sleep(0.2)  # its children may be about to say why
+    else:
+        os.kill(server, signal.SIGTERM)
+        if not select.select([its_end], [], [], GRACE_SECONDS)[0]:
+            print(f"the server did not end within {GRACE_SECONDS:g} s and is killed", file=sys.stderr, flush=True)
     os.killpg(0, signal.SIGKILL)
+
+
+def forget() -> None:
+    """In a fork of a watcher that is to be a server: take signals as usual again."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

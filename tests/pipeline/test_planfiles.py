@@ -49,7 +49,7 @@ def test_training_files_are_the_stages_own(tmp_path):
 def test_serving_scripts_give_vllm_what_the_stages_give_it(tmp_path):
     _, files = written(tmp_path, "qwen-32b", "16xh100", "r1-16xh100")
     told = arguments(files["serve.sh"], tmp_path)
-    assert told[:2] == ["-c", serve.VLLM_MAIN] and told[-1] == "ENV 1"
+    assert tuple(told[:2]) == serve.VLLM and told[-1] == "ENV 1"
     assert told[told.index("--tensor-parallel-size") :][:2] == ["--tensor-parallel-size", "8"]
     assert told[2:4] == ["--model", "deepseek-ai/DeepSeek-R1"] and "--enforce-eager" not in told
     student = arguments(files["serve-student.sh"], tmp_path, "a folder/with blanks")

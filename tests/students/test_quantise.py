@@ -97,7 +97,7 @@ def test_dequantised_weights_are_the_checkpoints(made, checkpoint: Path, name: s
 
 def test_a_second_run_keeps_what_is_whole_and_asks_for_what_is_not(made, checkpoint, sums_dataset, monkeypatch) -> None:
     asked: list[dict] = []
-    monkeypatch.setattr(quantise.worker, "run", lambda module, job, work: asked.append(job) or iter(()))
+    monkeypatch.setattr(quantise.worker, "run", lambda module, job, work, launchers: asked.append(job) or iter(()))
     assert quantise.build(made.student, checkpoint, sums_dataset, made.out).metrics == made.result.metrics
     assert asked == []
     facts = made.out / ".work" / "int8.json"

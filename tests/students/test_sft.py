@@ -334,6 +334,25 @@ def test_a_base_of_another_shape_is_refused(tiny_student, tiny_base, sums_datase
         base.load(tiny_student.architecture.model_copy(update={"layers": 3}), tiny_base, tokenizer, torch.float32)
 
 
+def test_a_base_that_lacks_weights_is_refused(tiny_student, tiny_base, sums_dataset, packs, tmp_path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    from r1distill.students import base
+
+    tokenizer = AutoTokenizer.from_pretrained(packs(tiny_student, sums_dataset) / "tokenizer")
+    shutil.copytree(tiny_base, tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file(
+        {name: one for name, one in weights.items() if "layers.1.mlp.up" not in name},
+        tmp_path / "base/model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(RequestError, match=r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight"):
+        base.load(tiny_student.architecture, tmp_path / "base", tokenizer, torch.float32)
+
+
 def test_a_failing_worker_says_why(tmp_path) -> None:
     with pytest.raises(R1DistillError, match=r"KeyError: 'student'"):
         list(worker.run("r1distill.students.sft", {"nothing": 1}, tmp_path))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+from contextlib import closing
 
+import httpx
 import pytest
 
 from r1distill.data.models import PackageModel, materialise
 from r1distill.teacher.sample import Order, Request, ask, rows
-from r1distill.teacher.serve import Endpoint, VllmSpec, serving
+from r1distill.teacher.serve import Endpoint, Server, VllmSpec, in_turn, serving
 from r1distill.teacher.settings import Client, Sampling
 
 pytestmark = pytest.mark.slow
@@ -123,3 +126,43 @@ def test_an_engine_that_dies_is_started_again_and_its_requests_are_asked_again(h
         ask(order, endpoint, ledger, Client(in_flight=8, timeout_seconds=300))
     assert server.restarts == 1
     assert {row["state"] for row in rows(order, ledger)} <= {"done", "truncated"}
+
+
+def test_servers_of_a_stage_are_forks_of_one_process_that_comes_back(home, model, session, gone):
+    """The process with vLLM's modules is shared; a second server comes from it, and another one where it was killed."""
+    specs = [VllmSpec(model, f"smol-{n}", {"max-model-len": 256}) for n in range(3)]
+    leaders = []
+    with closing(in_turn(specs, home / "logs")) as endpoints:
+        for number, endpoint in enumerate(endpoints):
+            server: Server = endpoint.recover.__self__
+            leaders.append(server._watcher.pid)
+            reply = httpx.post(
+                f"{endpoint.base_url}/completions", json={"model": endpoint.model, "prompt": "2 +", "max_tokens": 3}
+            )
+            assert reply.json()["usage"]["completion_tokens"] == 3
+            if number == 0:
+                its = server.preloaded.loaded.process.pid
+                assert os.getsid(its) != os.getsid(leaders[0])
+            if number == 1:
+                assert server.preloaded.loaded.process.pid == its
+                os.kill(its, signal.SIGKILL)
+                os.kill(max(session(leaders[1])), signal.SIGKILL)
+                assert gone(leaders[1])
+                endpoint.recover()
+                assert server.preloaded.loaded.process.pid != its
+                leaders.append(server._watcher.pid)
+    assert all(gone(leader) for leader in leaders)
+    assert server.preloaded.loaded.poll() is not None
+
+
+def test_a_process_that_still_loads_ends_with_us(tmp_path):
+    """Killed while the modules are being loaded, we leave nothing behind, and no server that was asked for starts."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from r1distill.teacher.preloaded import Preloaded\n"
+        "p = Preloaded(); p.start([], dict(os.environ), Path(sys.argv[1])); print(p.loaded.process.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "log"], stdout=subprocess.PIPE) as ours:
+        loads = os.pidfd_open(int(ours.stdout.readline()))
+        ours.kill()
+    assert select.select([loads], [], [], 30)[0]
