@@ -133,27 +133,29 @@ def serving_rate_on_cpu(model: Footprint, hardware: Hardware) -> float:
 SCORED_AT_ONCE = 2048  # tokens whose logits are held: kernels.token_scores' chunk
 
 
-def scoring(model: Footprint, context_tokens: int, on_gpu: bool) -> Memory:
-    """GiB on one GPU, or the machine, for reading one pack at a time and keeping each token's top-k: bf16 weights and
-    activations (float32 on the CPU) of one layer, and the logits of a chunk beside their float32 copy."""
-    size = BF16 if on_gpu else 4
+def scoring(model: Footprint, context_tokens: int, gpus: int) -> Memory:
+    """GiB on one of the ``gpus`` that hold a copy, or the machine, for reading one pack at a time and keeping each
+    token's top-k: bf16 weights and activations (float32 on the CPU) of one layer, and the logits of a chunk beside
+    their float32 copy."""
+    size = BF16 if gpus else 4
     memory: Memory = {
-        "weights": size * model.parameters / GIB,
+        "weights": size * model.parameters / max(1, gpus) / GIB,
         "activations": 16 * size * context_tokens * model.hidden / GIB,
         "logits": (size + 4) * SCORED_AT_ONCE * model.vocab / GIB,
     }
-    return memory if on_gpu else {**memory, "processes": PROCESS_GIB}
+    return memory if gpus else {**memory, "processes": PROCESS_GIB}
 
 
-def scoring_rate(model: Footprint, hardware: Hardware, gpus: int, mean_tokens: float) -> float | None:
+def scoring_rate(model: Footprint, hardware: Hardware, copies: int, mean_tokens: float) -> float | None:
     """Tokens a second of a forward pass: 2 operations a parameter, and 2 x layers x hidden x half of what stands before
     a token (a third of training's, PaLM, arXiv 2204.02311, appendix B), at the share of the peak that training reaches.
+    The GPUs of a copy work one after the other.
 
     None where the GPU's speed is not known."""
     flops = 2 * model.active_parameters + 2 * model.layers * model.hidden * mean_tokens
-    if not gpus:
+    if not hardware.gpus:
         return hardware.cores * CPU_TRAINING_TFLOPS_PER_CORE * 1e12 / flops
-    return gpus * hardware.gpu_bf16_tflops * 1e12 * hardware.training_utilisation / flops or None
+    return copies * hardware.gpu_bf16_tflops * 1e12 * hardware.training_utilisation / flops or None
 
 
 def quantising(architecture: Architecture, variants: Iterable[Variant], on_gpu: bool) -> tuple[Memory, Memory]:

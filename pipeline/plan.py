@@ -241,6 +241,11 @@ def training_layout(run: Run) -> Layout:
     return training.choose(run.student, run.hardware, mean_tokens(run.student, work)).layout
 
 
+def scoring_gpus(run: Run) -> int:
+    """Over how many GPUs one copy of the teacher of the run's logits is laid."""
+    return stageplan.scoring_gpus(run.student, run.hardware, run.via.student if run.via else None)
+
+
 def beyond_layout(run: Run) -> Layout:
     """The same for the stage beyond, which can't cut a sequence over several processes."""
     work = workload(run.student, run.teacher, run.prompts)

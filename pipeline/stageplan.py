@@ -365,27 +365,43 @@ def beyond(student: Student, hardware: Hardware, choice: Choice) -> StagePlan:
 
 
 def logits(student: Student, hardware: Hardware, work: Workload, teacher: Student | None = None) -> StagePlan:
-    """One pass of the teacher of the student's own vocabulary over the packs, whole on every GPU. ``teacher`` is the
-    student that it is, where the run trains it first."""
+    """One pass of the teacher of the student's own vocabulary over the packs. ``teacher`` is the student that it is,
+    where the run trains it first."""
     assert student.distill
     ref = student.distill.teacher
     name = f"the top {student.distill.k} of {title(ref)} for every token"
     model = footprint.of_architecture(teacher.name, teacher.architecture) if teacher else footprint.of_reference(ref)
     if model is None:
         return StagePlan("logits", name, note="the model's size is not known here: not checked")
-    memory = estimate.scoring(model, student.packs.context_tokens, on_gpu=bool(hardware.gpus))
-    if hardware.gpus:
-        available = hardware.gpu_memory_gib - training.reserve_gib(hardware.gpu_memory_gib)
-        used = hardware.gpus if hardware.ray_address else hardware.gpus_per_node
-        answer = StagePlan("logits", name, True, "a GPU", memory, available, f"whole on each of {used} GPUs")
-        if used < hardware.gpus:
+    each, copies = scoring_gpus(student, hardware, teacher), 1
+    memory = estimate.scoring(model, student.packs.context_tokens, each)
+    if each:
+        copies = (hardware.gpus if hardware.ray_address else hardware.gpus_per_node) // each
+        layout = f"{copies} {'copies' if copies > 1 else 'copy'}, each on {each} GPU{'s' if each > 1 else ''}"
+        answer = StagePlan("logits", name, True, "a GPU", memory, _trainable_gib(hardware), layout)
+        if copies * each < hardware.gpus:
             answer = replace(answer, note="on one node: --set hardware.ray_address=… shares it out over all")
     else:
         answer = StagePlan("logits", name, True, "the machine", memory, hardware.memory_gib * MACHINE_SHARE, "CPU")
-        used = 0
     if answer.shortage:
         return replace(answer, fits=False, reason=f"{name}: {answer.shortage}.")
-    return answer.at(work.tokens, estimate.scoring_rate(model, hardware, used, work.mean_tokens or 0.0), hardware)
+    return answer.at(work.tokens, estimate.scoring_rate(model, hardware, copies, work.mean_tokens or 0.0), hardware)
+
+
+def scoring_gpus(student: Student, hardware: Hardware, teacher: Student | None = None) -> int:
+    """Over how many GPUs of a node one copy of the teacher of the logits is laid: as few as hold it; 0 without GPUs."""
+    assert student.distill
+    ref, sizes = student.distill.teacher, [n for n in (1, 2, 4, 8, 16) if n and hardware.gpus_per_node % n == 0]
+    model = footprint.of_architecture(teacher.name, teacher.architecture) if teacher else footprint.of_reference(ref)
+    if not hardware.gpus or model is None:
+        return min(1, hardware.gpus)
+    needed = {n: sum(estimate.scoring(model, student.packs.context_tokens, n).values()) for n in sizes}
+    return next((n for n in sizes if needed[n] <= _trainable_gib(hardware)), sizes[-1])
+
+
+def _trainable_gib(hardware: Hardware) -> float:
+    """What work of our own may take of a GPU."""
+    return hardware.gpu_memory_gib - training.reserve_gib(hardware.gpu_memory_gib)
 
 
 def variants(student: Student, hardware: Hardware) -> StagePlan:
@@ -396,7 +412,7 @@ def variants(student: Student, hardware: Hardware) -> StagePlan:
     host, device = estimate.quantising(student.architecture, student.variants.values(), on_gpu=bool(hardware.gpus))
     machine = hardware.memory_gib * MACHINE_SHARE
     if hardware.gpus:
-        available = hardware.gpu_memory_gib - training.reserve_gib(hardware.gpu_memory_gib)
+        available = _trainable_gib(hardware)
         answer = StagePlan("variants", name, True, "a GPU", device, available, "block by block, on one GPU")
         answer = replace(answer, host=host, host_available_gib=machine)
     else:

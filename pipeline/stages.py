@@ -128,15 +128,17 @@ def packs(run: Run, inputs: Inputs, out: Path) -> Result:
 )
 def logits(run: Run, inputs: Inputs, out: Path) -> Result:
     """The top-k of a teacher of the student's own vocabulary, for every label of the packs."""
+    from r1distill.pipeline import plan
     from r1distill.students import logits
 
-    processes, address = max(1, run.hardware.gpus_per_node), run.hardware.ray_address
-    return logits.build(run.student, inputs["packs"], out, run.home, processes, address)
+    each, machine = max(1, plan.scoring_gpus(run)), run.hardware
+    processes = max(1, machine.gpus_per_node // each)
+    return logits.build(run.student, inputs["packs"], out, run.home, processes, each, machine.ray_address)
 
 
 @stage(
     reads=("packs", "logits"),
-    label=lambda run: run.label,
+    label=lambda run: run.student.name if run.asks_in == "beyond" else run.label,
     decides=lambda run: run.identity_of_checkpoint(),
 )
 def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
@@ -151,7 +153,7 @@ def checkpoint(run: Run, inputs: Inputs, out: Path) -> Result:
 
 @stage(
     reads=("prompts", "checkpoint"),
-    label=lambda run: run.student.name,
+    label=lambda run: run.label,
     decides=lambda run: run.identity_of_beyond(),
     wanted=lambda run: run.student.beyond is not None,
 )

@@ -50,11 +50,18 @@ def require_room(student: Student, packs: Path, out: Path) -> None:
 
 
 def build(
-    student: Student, packs: Path, out: Path, home: Path, processes: int = 1, ray_address: str | None = None
+    student: Student,
+    packs: Path,
+    out: Path,
+    home: Path,
+    processes: int = 1,
+    gpus_each: int = 1,
+    ray_address: str | None = None,
 ) -> Result:
     """Score the training packs into ``out/train``. Rows are tokens that take loss. A shard that is there is kept.
 
-    Over ``processes`` of this machine, or the Ray cluster at ``ray_address``, whose nodes see packs, out and home.
+    Over ``processes`` of this machine, or the Ray cluster at ``ray_address``, whose nodes see packs, out and home; each
+    lays the teacher over ``gpus_each`` where there are GPUs.
     Raises RequestError where the teacher's vocabulary is not the student's; a difference in padding is none.
     """
     assert student.distill
@@ -65,6 +72,7 @@ def build(
         "out": str(out),
         "home": str(home),
         "shard_tokens": topk.SHARD_TOKENS,
+        "gpus_each": gpus_each,
     }
     topk.sweep(out / TRAIN)
     table = schema.read(packs / TRAIN, schema.PACK)
@@ -103,7 +111,10 @@ def _on_ray(job: Job, table: pa.Table, address: str) -> Iterator[int]:
     """The same, a shard at a time."""
     shards = range(len(topk.ranges(table, job["shard_tokens"])))
     with cluster.connected(address):
-        yield from cluster.ordered(score_shard, shards, json.dumps(job), gpus=min(1, cluster.gpus()))
+        if 0 < cluster.gpus() < job["gpus_each"]:
+            raise RequestError(f"the teacher needs {job['gpus_each']} GPUs, the Ray cluster has {cluster.gpus()}.")
+        gpus = job["gpus_each"] if cluster.gpus() else 0
+        yield from cluster.ordered(score_shard, shards, json.dumps(job), gpus=gpus)
 
 
 def main(job: Job) -> None:
@@ -148,9 +159,13 @@ def _teacher(job: str) -> Any:
     folder = models.materialise(ref, Path(about["home"]))
     tokenizer = AutoTokenizer.from_pretrained(Path(about["packs"]) / "tokenizer")
     check_vocabulary(tokenizer, AutoTokenizer.from_pretrained(folder), models.title(ref))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    each, rank = about["gpus_each"], int(os.environ.get("LOCAL_RANK", "0"))
+    places: dict[str, Any] = {"device_map": {"": f"cuda:{rank}" if gpu else "cpu"}}
+    if gpu and each > 1:
+        mine = range(rank * each, (rank + 1) * each)
+        places = {"device_map": "balanced", "max_memory": {n: torch.cuda.mem_get_info(n)[0] for n in mine}}
     dtype = torch.bfloat16 if gpu else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **places)
     return model.eval()
 
 
@@ -187,7 +202,8 @@ def scored(model: Any, student: Student, packs: pa.Table) -> Iterator[topk.Rows]
         labels = torch.tensor(pack["labels"], device=head.device)[1:]
         learned = labels != IGNORE
         with torch.no_grad():
-            hidden = model.get_decoder()(ids, position_ids=places, use_cache=False).last_hidden_state[0, :-1][learned]
+            states = model.get_decoder()(ids, position_ids=places, use_cache=False).last_hidden_state
+            hidden = states[0, :-1].to(head.device)[learned]
         found = token_scores(hidden, head, labels[learned], k=k, temperature=temperature, vocab_size=vocab)
         yield found.topk_ids.cpu().numpy(), found.topk_logprobs.cpu().numpy(), found.logprobs.cpu().numpy()
 

@@ -37,7 +37,7 @@ def answers(model: str, bench: str, right: int, questions: int = 20) -> list[dic
 def seal(home: Path, stage: str, label: str, digest: str, inputs: dict[str, str], **more) -> Path:
     folder = home / stage / f"{label}-{digest[:8]}"
     folder.mkdir(parents=True)
-    day = ["prompts", "traces", "verdicts", "scores"].index(stage) + 1
+    day = ["prompts", "traces", "verdicts", "scores", "checkpoint", "logits"].index(stage) + 1
     manifest = {
         "stage": stage, "label": label, "fingerprint": digest, "inputs": inputs, "read": 10, "kept": 8, "unit": "rows",
         "rejected": {"a | b": 2}, "seconds": 1.5, "metrics": {}, "created_at": f"2025-01-0{day}T00:00:00", **more,
@@ -162,3 +162,24 @@ def test_every_published_figure_is_in_the_table(tmp_path):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {model} ")]
         for bench in published.TABLE:
             assert f"{figure(model, bench).accuracy:.1%}" in line
+
+
+def test_a_student_of_two_hops_names_who_taught_it_and_how_that_one_scored(tmp_path):
+    build(tmp_path, "first")
+    seal(tmp_path, "checkpoint", "first", "e" * 64, {"verdicts": "c" * 64})
+    scores = tmp_path / "scores" / f"first-{'d' * 8}" / "manifest.json"
+    told = json.loads(scores.read_text())
+    scores.write_text(json.dumps({**told, "inputs": {"checkpoint": "e" * 64}}))
+    decides = {"teacher": [{"kind": "checkpoint", "fingerprint": "e" * 64}, "e" * 64], "k": 16}
+    about = {"metrics": {"teacher": "first", "k": 16}, "identity": {"decides": decides}}
+    seal(tmp_path, "logits", "second-via-first", "f" * 64, {"prompts": "a" * 64}, **about)
+    seal(tmp_path, "checkpoint", "second-via-first", "1" * 64, {"logits": "f" * 64})
+    text = page.write(tmp_path, "second-via-first", tmp_path / "report")[0].read_text()
+    for word in (
+        f"first ({'e' * 64}), its 16 most probable tokens in 8 places.",
+        "| checkpoint | 10 | 8 | rows | 1.5 | 2 a \\| b | first-eeeeeeee |",
+        "### first: MATH-500 (math500)",
+        "| checkpoint | 10 | 8 | rows | 1.5 | 2 a \\| b | second-via-first-11111111 |",
+        "Not scored yet.",
+    ):
+        assert word in text, word

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,20 @@ def test_a_students_file_can_say_it_itself(hops, tmp_path: Path, first: str) -> 
     assert logits[0].fingerprint == logits[1].fingerprint
     with pytest.raises(RequestError, match="one hop is the limit"):
         hops(via=str(file))
+
+
+def test_the_first_hop_can_teach_on_policy(hops) -> None:
+    """It is asked where the student learns from its own answers; until then the student is that of a run without VIA."""
+    run = hops("student.distill.kind=on_policy", "student.distill.steps=2")
+    steps, both = runner.chain(run), "smollm2-135m-via-first"
+    assert names(steps[4:]) == [
+        *[(stage, "smollm2-135m") for stage in ("packs", "checkpoint")],
+        *[(stage, "first") for stage in ("packs", "checkpoint", "variants", "scores")],
+        *[(stage, both) for stage in ("beyond", "variants", "scores", "publication")],
+    ]
+    assert steps[10].run.student.beyond.teacher.fingerprint == steps[7].fingerprint
+    assert steps[5].path == runner.chain(hops(via=None), "checkpoint")[-1].path
+    assert [stage.stage for stage in plan._of_run(run).stages][-4:] == ["checkpoint", "beyond", "variants", "scores"]
 
 
 @pytest.mark.parametrize(
@@ -239,8 +254,17 @@ def test_the_largest_k_is_the_largest_that_fits() -> None:
     assert planned("16xh200", "hardware.disk_gib=1000").largest_k == 0
 
 
-def test_a_teacher_that_no_gpu_holds_is_refused_and_one_of_unknown_size_is_not() -> None:
-    small = planned("8xa100-40gb").stage("logits")
+def test_a_teacher_is_laid_over_as_few_gpus_as_hold_it() -> None:
+    assert planned("8xh200").stage("logits").layout == "8 copies, each on 1 GPU"
+    large = Run.load("llama-8b", hardware="8xh200", via="llama-70b")
+    assert plan._of_run(large).stage("logits").layout == "4 copies, each on 2 GPUs" and plan.scoring_gpus(large) == 2
+    over_ray = planned("16xh200", "hardware.ray_address=auto").stage("logits")
+    assert over_ray.layout == "16 copies, each on 1 GPU"
+    assert over_ray.hours == pytest.approx(planned("16xh200").stage("logits").hours / 2)
+
+
+def test_a_teacher_that_no_gpus_hold_is_refused_and_one_of_unknown_size_is_not() -> None:
+    small = planned("1xrtx4090").stage("logits")
     assert not small.fits and "GiB are needed on a GPU" in small.reason
     unknown = "student.distill={ kind: topk_kl, teacher: { kind: hub, repo: some/model } }"
     assert (
@@ -302,3 +326,89 @@ def test_dry_run_plan_and_refusals_answer_at_once(tmp_path: Path, first: str) ->
     refused = command(tmp_path, "distill", "--student", "qwen-7b", "--via", "llama-70b")
     assert refused.returncode == 2 and "can't teach 'qwen-7b'" in refused.stderr and "Traceback" not in refused.stderr
     assert not (tmp_path / "runs").exists()
+
+
+# Both hops for real.
+
+SUMS = """
+title: A few sums
+source: { kind: reasoning_gym, seed: 99, tasks: { chain_sum: { count: 4, config: { min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1 } } } }
+instruction: "Think step by step and box the final answer."
+k: 1
+top_p: 1.0
+max_tokens: 32
+"""
+SMALL = """
+extends: smollm2-135m
+sft: { epochs: 1, batch_traces: 6, save_steps: 1 }
+variants: {}
+gate: { min_gain: GAIN, min_share_of_teacher: null }
+benchmarks: [SUMS]
+score_teacher: false
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_two_hops_killed_in_the_first_stopped_by_its_gate_and_let_through(tmp_path: Path) -> None:
+    home, file, sums = tmp_path / "home", tmp_path / "sums.jsonl", tmp_path / "sums.yaml"
+    sums.write_text(SUMS)
+    for name, gain in (("first", "1.5"), ("second", "null")):  # nothing gains as much: the first one fails
+        (tmp_path / f"{name}.yaml").write_text(SMALL.replace("GAIN", gain).replace("SUMS", str(sums)))
+    with file.open("w") as lines:
+        for n in range(40):
+            answer = {"answer": str(n + 3), "response": f"{n}+3={n + 3}</think>\\boxed{{{n + 3}}}"}
+            lines.write(json.dumps({"id": str(n), "prompt": f"What is {n}+3?", **answer}) + "\n")
+    changes = ["prompts.sources.0.columns={ question: prompt, reference_answer: answer, source_id: id }"]
+    for name in ("teacher.source", "prompts.sources.0"):
+        changes += [f"{name}.path={file}", f"{name}.where={{}}"]
+    changes += [f"prompts.decontaminate={{ against: [{sums}], ngram: null }}", "student.distill.k=8"]
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        arguments = ["--student", tmp_path / "second.yaml", "--via", tmp_path / "first.yaml", "--teacher", "recorded"]
+        arguments += [
+            "--until",
+            "checkpoint",
+            "--json",
+            *(part for one in (*changes, *more) for part in ("--set", one)),
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-m", "r1distill.pipeline.cli", "distill", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "R1DISTILL_HOME": str(home)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    killed = start()
+    while not list(home.glob("checkpoint/.first-*.partial/.work/checkpoints/checkpoint-*/GOOD")):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    stopped = start()
+    output, errors = stopped.communicate()
+    assert stopped.returncode == 3 and "it teaches nobody" in errors, errors
+    told = json.loads(output.strip().splitlines()[-1])
+    first = told["via"]["stages"]
+    assert list(first) == ["packs", "checkpoint", "variants", "scores"] and list(told["stages"]) == [*DATA, "packs"]
+    manifest = json.loads((Path(first["checkpoint"]["path"]) / "manifest.json").read_text())
+    assert manifest["metrics"]["resumed_from_step"] > 0
+    assert not (home / "logits").exists()
+
+    passed = start("via.gate.min_gain=null")
+    output, errors = passed.communicate()
+    assert passed.returncode == 0, errors
+    told = json.loads(output.strip().splitlines()[-1])
+    assert [name for name, one in told["via"]["stages"].items() if one["built"]] == ["scores"]
+    assert [name for name, one in told["stages"].items() if one["built"]] == ["logits", "checkpoint"]
+    assert told["via"]["stages"]["checkpoint"]["path"] == first["checkpoint"]["path"]
+    logits = json.loads((Path(told["stages"]["logits"]["path"]) / "manifest.json").read_text())
+    assert logits["metrics"]["teacher"] == "first" and logits["metrics"]["tokens_per_second"] > 0
+    assert logits["identity"]["decides"]["teacher"][1] == manifest["fingerprint"]
+    assert {stage: len(list((home / stage).glob("*/manifest.json"))) for stage in (*DATA, "checkpoint", "scores")} == {
+        **dict.fromkeys(DATA, 1),
+        "checkpoint": 2,
+        "scores": 2,
+    }

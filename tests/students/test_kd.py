@@ -85,7 +85,8 @@ def scored(student, packs: Path, made: Path, tmp_path: Path) -> Path:
 
 def job(student: Student, packs: Path, folder: Path) -> dict:
     paths = {"packs": str(packs), "out": str(folder / "logits"), "home": str(folder / "home")}
-    return {"student": student.model_dump(mode="json"), "shard_tokens": 2 * student.packs.context_tokens, **paths}
+    size = {"shard_tokens": 2 * student.packs.context_tokens, "gpus_each": 1}
+    return {"student": student.model_dump(mode="json"), **size, **paths}
 
 
 def table(packs: Path):
@@ -328,9 +329,9 @@ def sharded_losses(student: Student, packs: Path, rows: Path, out: Path, spread:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("case", ["full", "lora", "rows"])
+@pytest.mark.parametrize("case", ["full", "lora"])  # whole rows under ZeRO-3: peft makes them on CUDA alone
 def test_zero3_on_two_processes_learns_as_one_alone(cases, case: str, tmp_path: Path) -> None:
-    """The head's weight is in pieces until it is asked for, and so are the rows that stand in it."""
+    """The head's weight is in pieces until it is asked for."""
     student, packs, rows = cases(case)
     alone = layout.Layout(checkpointing=False)
     two = layout.Layout(strategy="zero3", processes_per_node=2, checkpointing=False)
