@@ -141,11 +141,11 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        both = bool(value) and isinstance(old, dict) and isinstance(value, dict)
-        if both and value.get("kind", old.get("kind")) == old.get("kind"):
+        merged[key] = value
+        if not (isinstance(old, dict) and isinstance(value, dict) and value):
+            continue
+        if value.get("kind", old.get("kind")) == old.get("kind"):
             merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
     return merged
 
 

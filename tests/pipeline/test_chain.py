@@ -59,7 +59,7 @@ def test_later_stages_take_the_checkpoint_of_beyond(steps, monkeypatch, tmp_path
         assert wanted[later].inputs["beyond"] == wanted["beyond"].fingerprint
         assert wanted[later].fingerprint != plain[later].fingerprint
     read = []
-    monkeypatch.setattr("r1distill.students.quantise.build", lambda student, model, dataset, out: read.append(model))
+    monkeypatch.setattr("r1distill.students.quantise.build", lambda student, model, *rest: read.append(model))
     run = Run.load("smollm2-135m", overrides=[f"student.beyond={GRPO}"])
     paths = {name: tmp_path / name for name in ("dataset", "checkpoint", "beyond")}
     stages.variants(run, paths, tmp_path)
