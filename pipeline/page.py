@@ -231,6 +231,8 @@ def _study(home: Path, student: str) -> Iterator[Block]:
         yield Heading(f"{bench['title']} ({name})", 3)
         yield Text(study.asked_in_words(bench))
         yield Table(*study.cells(bench))
+        for line in study.gains_in_words(found, bench):
+            yield Text(line)
         yield Plot(f"study-{name}", f"Study: {bench['title']}", plots.arms(bench))
 
 

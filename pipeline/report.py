@@ -241,6 +241,8 @@ def show_study(artifact: Artifact, files: list[Path], out: Console, as_json: boo
         for row in rows:
             table.add_row(*row)
         out.print(table)
+        for line in study.gains_in_words(found, bench):
+            out.print(line, markup=False)
     for file in [artifact.path, *files]:
         out.print(str(file), markup=False)
 

@@ -2,8 +2,9 @@
 
 An arm is the student's own configuration with one thing changed, trained from several seeds by the project's own chain:
 prompts, traces, verdicts, dataset, packs and the teacher's top-k are made once for all of them, and what is sealed is
-not made again. Every arm takes the same packs in as many steps; a seed is the order in which it takes them. All are
-asked the same held-out questions, as the scores stage asks, and read the same held-out traces.
+not made again. Every arm takes the same packs in as many steps; a seed is the order in which it takes them. From the
+checkpoints of the best of them two more go on with as many steps again, learning from their own answers (the stage
+beyond). All are asked the same held-out questions, as the scores stage asks, and read the same held-out traces.
 
 Without a student of one's own it takes SmolLM2 with a third of its layers, for two CPU cores (``third``).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +44,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "top-k": ("student.distill.ce_weight=0",),
     "both": (),
 }
-ALONE = ("student.variants={}", "student.twin=null")  # a study scores checkpoints
+BEYOND: dict[str, dict[str, Any]] = {"on-policy": {"kind": "on_policy"}, "grpo": {"kind": "grpo"}}
+ALONE = ("student.beyond=null", "student.variants={}", "student.twin=null")
+
+GIVEN = ("base", "teacher")
 
 Rows = list[dict[str, Any]]
 Tell = Callable[[str, Done], None]
@@ -63,7 +68,7 @@ class Trained:
 
 
 class Study:
-    """The arms of one student, named as on the command line.
+    """The arms of one student, named as on the command line. What its file says under 'beyond' is taken for that kind.
 
     Raises RequestError where the student's file has no 'distill', or it would be scored on questions that it learns
     from.
@@ -79,11 +84,15 @@ class Study:
         seeds: int = 3,
         changes: Sequence[str] = (),
     ):
+        self.beyond = BEYOND
         if student is None:
             student, sums = third.write(home)
-            prompts = prompts or sums
-        self.home, self.request, self.changes = home, (student, teacher, prompts, hardware), (*changes, *ALONE)
-        self.run = self._run()
+            prompts, self.beyond = prompts or sums, third.BEYOND
+        self.home, self.request, self.changes = home, (student, teacher, prompts, hardware), changes
+        if own := self._run().student.beyond:
+            made = own.model_dump(mode="json", exclude={"steps", "seed"})
+            self.beyond = {arm: made if its["kind"] == own.kind else its for arm, its in self.beyond.items()}
+        self.run = self._run(*ALONE)
         self.student = self.run.student
         if self.student.distill is None:
             raise RequestError(
@@ -97,13 +106,26 @@ class Study:
         return replace(Run.load(*self.request, [*self.changes, *changes]), home=self.home)
 
     def _trained(self, arm: str, seed: int) -> Trained:
-        run = self._run(*ARMS[arm], f"student.sft.seed={seed}")
-        return Trained(arm, seed, run, runner.chain(run, "beyond")[-1])
+        run = self._run(*ALONE, *ARMS[arm], f"student.sft.seed={seed}")
+        return Trained(arm, seed, run, runner.chain(run, "checkpoint")[-1])
+
+    def _going_on(self, arm: str, start: Trained) -> Trained:
+        """An arm of BEYOND from where one of ARMS ended, whose steps it takes again."""
+        assert self.student.distill
+        artifact = start.step.sealed()
+        assert artifact
+        settings = {**self.beyond[arm], "steps": artifact.manifest["metrics"]["steps"], "seed": start.seed}
+        if settings["kind"] == "on_policy":
+            settings.setdefault("teacher", self.student.distill.teacher.model_dump(mode="json"))
+        same = (*ALONE, *ARMS[start.arm], f"student.sft.seed={start.seed}")
+        run = self._run(*same, f"student.beyond={json.dumps(settings)}")
+        return Trained(arm, start.seed, run, runner.chain(run, "beyond")[-1])
 
     def identity(self) -> dict[str, Any]:
         return {
             "study": VERSION,
-            "arms": {one.name: one.step.fingerprint for one in self.trained},
+            "arms": {one.name: one.step.fingerprint for one in self.trained if one.arm in ARMS},
+            "beyond": self.beyond,
             "benchmarks": [[bench.identity(), sources.revision(bench.source)] for bench in self.run.benchmarks],
             "teacher": self.run.identity_of_scores()["teacher"],
         }
@@ -114,15 +136,16 @@ class Study:
         path = place(self.home, STAGE, label, fingerprint(identity))
         if artifact := find(path, fingerprint(identity)):
             return artifact
-        plan.check(self.student, self.run.teacher, self.run.hardware, stages=runner.stage_names("checkpoint"))
+        plan.check(self.student, self.run.teacher, self.run.hardware, stages=runner.stage_names("beyond"))
         self.run.check_sandbox(scored=True)
         with building(path) as partial:
             began = time.monotonic()
-            made = self.train(tell)
-            asked = evaluation.asked(self.run.benchmarks, list(self.contenders()))
-            answers = evaluation.answers(asked, self.home, partial, self.run.prompts.verdicts.workers)
-            readings = self.read(made["packs"].path)
-            found = self.found(answers, readings)
+            made = self.train(self.trained, tell)
+            best = self.best(self.ask(partial))
+            later = [self._going_on(arm, one) for one in self.trained if one.arm == best for arm in self.beyond]
+            self.train(later, tell)
+            self.trained += later
+            found = self.found(best, answers := self.ask(partial), self.read(made["packs"].path))
             (partial / "study.json").write_text(json.dumps(found, indent=1))
             correct = sum(row["correct"] for row in answers)
             result = Result(len(answers), correct, {"wrong": len(answers) - correct}, {"study": found}, unit="answers")
@@ -130,15 +153,25 @@ class Study:
             inputs = {"packs": made["packs"].fingerprint}
             return seal(partial, path, runner.manifest_of(result, began, **about, inputs=inputs))
 
-    def train(self, tell: Tell) -> dict[str, Step]:
+    def train(self, wanted: Sequence[Trained], tell: Tell) -> dict[str, Step]:
         """Build what is not there; the shared stages' steps by name."""
         steps: list[Step] = []
-        for one in self.trained:
+        for one in wanted:
             steps = runner.chain(one.run, "beyond")
             for done in runner.execute(steps):
                 if done.built or done.step.stage is one.step.stage:
                     tell(one.name, done)
         return {step.stage.name: step for step in steps}
+
+    def ask(self, out: Path) -> Rows:
+        """Everybody's answers, asked where the ledger lacks them, and judged."""
+        asked = evaluation.asked(self.run.benchmarks, list(self.contenders()))
+        return evaluation.answers(asked, self.home, out, self.run.prompts.verdicts.workers)
+
+    def best(self, answers: Rows) -> str:
+        """The arm with most right answers; of several, the one that stands first."""
+        right = Counter(row["model"].rpartition("-")[0] for row in answers if row["correct"])
+        return max(ARMS, key=lambda arm: right[arm])
 
     def contenders(self) -> Iterator[Contender]:
         """Base and teacher as the scores stage serves them, then every arm from every seed. A teacher of the traces
@@ -157,21 +190,18 @@ class Study:
         from r1distill.students.divergence import Reference
 
         assert self.student.distill
-        folders = {name: models.materialise(ref, self.home) for name, ref in self._given().items()}
+        given = (self.student.base, self.student.distill.teacher)
+        folders = {name: models.materialise(ref, self.home) for name, ref in zip(GIVEN, given, strict=True)}
         folders |= {one.name: one.step.path for one in self.trained}
         reference = Reference(models.materialise(self.student.distill.teacher, self.home), list(held_out(packs)))
         bar = tqdm(folders.items(), desc="reading held-out traces", unit="model", disable=None, delay=2)
         return {name: reference.reading(folder) for name, folder in bar}
 
-    def _given(self) -> dict[str, models.ModelRef]:
-        assert self.student.distill
-        return {"base": self.student.base, "teacher": self.student.distill.teacher}
-
-    def found(self, answers: Rows, readings: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    def found(self, best: str, answers: Rows, readings: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
         """What is written of the study: what was asked of whom, and a table for each benchmark."""
         distill = self.student.distill
         assert distill
-        arms: dict[str, list[str]] = {name: [name] for name in self._given()}
+        arms: dict[str, list[str]] = {name: [name] for name in GIVEN}
         made: dict[str, dict[str, Any]] = {}
         for one in self.trained:
             arms.setdefault(one.arm, []).append(one.name)
@@ -181,7 +211,7 @@ class Study:
         training = {arm: trained(names, made, readings) for arm, names in arms.items()}
         tables: dict[str, Any] = {}
         for bench in self.run.benchmarks:
-            rows = scored([row for row in answers if row["benchmark"] == bench.name], arms)
+            rows = scored([row for row in answers if row["benchmark"] == bench.name], arms, best)
             tables[bench.name] = {
                 "title": bench.title,
                 **{key: getattr(bench, key) for key in ("temperature", "top_p", "max_tokens")},
@@ -189,6 +219,7 @@ class Study:
             }
         weights = distill.model_dump(mode="json", include={"k", "temperature", "kl_weight", "ce_weight", "tail"})
         about = {"student": self.student.name, "teacher": models.title(distill.teacher), "distill": weights}
+        about |= {"best": best, "beyond": self.beyond}
         return {**about, "seeds": len({one.seed for one in self.trained}), "benchmarks": tables}
 
 
@@ -220,9 +251,10 @@ def trained(
     }
 
 
-def scored(answers: Rows, arms: Mapping[str, Sequence[str]]) -> Rows:
-    """Each arm's pass@1 over its runs with its interval, and its difference from the first of ARMS, paired by question
-    and seed. ``by_seed`` are the runs' own means; ``k`` is how often a run was asked a question."""
+def scored(answers: Rows, arms: Mapping[str, Sequence[str]], best: str) -> Rows:
+    """Each arm's pass@1 over its runs with its interval, and its difference, paired by question and seed, from the
+    first of ARMS (``against``) and, of those that went on from the ``best``, from that one (``gain``). ``by_seed`` are
+    the runs' own means; ``k`` is how often a run was asked a question."""
     runs: dict[str, Rows] = {}
     for row in answers:
         runs.setdefault(row["model"], []).append(row)
@@ -238,7 +270,8 @@ def scored(answers: Rows, arms: Mapping[str, Sequence[str]]) -> Rows:
                 **over_runs(each),
                 "by_seed": [sum(run.values()) / len(run) for run in each],
                 "k": len(rows) // sum(map(len, each)),
-                "against": None if each is first or arm not in ARMS else paired_runs(each, first),
+                "against": None if each is first or arm in GIVEN else paired_runs(each, first),
+                "gain": None if arm in (*GIVEN, *ARMS) else paired_runs(each, means[best]),
                 "mean_tokens": sum(counts) / len(counts) if counts else None,
                 "truncated": sum(row["reason"] == "truncated" for row in rows) / len(rows),
             }
@@ -252,11 +285,15 @@ def scored(answers: Rows, arms: Mapping[str, Sequence[str]]) -> Rows:
 def in_words(found: Mapping[str, Any]) -> str:
     """How the arms were trained."""
     weights = found["distill"]
+    further = (
+        f" {' and '.join(found['beyond'])} went on from the checkpoints of {found['best']}, which has most right "
+        "answers here, in as many steps again on answers of their own."
+    )
     return (
         f"{found['student']} learned from {found['teacher']} by its text alone, by its {weights['k']} most probable "
         f"tokens alone, and by both (KL x {weights['kl_weight']:g} + cross-entropy x {weights['ce_weight']:g}): the "
         f"same traces in as many steps, from {found['seeds']} seeds each, a seed being the order of the packs."
-    )
+    ) + (further if found["beyond"] else "")
 
 
 def asked_in_words(bench: Mapping[str, Any]) -> str:
@@ -268,8 +305,21 @@ def asked_in_words(bench: Mapping[str, Any]) -> str:
         "seeds, questions and answers; its interval runs from the 2.5th to the 97.5th percentile of the means of draws "
         "with replacement of questions and, by themselves, of seeds. Beside text: the differences in points, drawn by "
         "question and seed. Held-out loss and KL are nats a token of traces that were set aside: the mean over seeds "
-        "and their range. Seconds are of the training alone."
+        "and their range. Steps and seconds are of the training alone, with + of what came on top."
     )
+
+
+def gains_in_words(found: Mapping[str, Any], bench: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each arm that went on, beside where it came from."""
+    for row in bench["arms"]:
+        if gain := row["gain"]:
+            said = "no difference is shown" if gain["verdict"] == "open" else f"{gain['verdict']}"
+            points = "{:+.1f} points (95%: {:+.1f} to {:+.1f})".format(*_points(gain))
+            yield f"{row['arm']} against {found['best']}, where it went on from: {said}, {points}."
+
+
+def _points(difference: Mapping[str, float]) -> list[float]:
+    return [100 * difference[key] for key in ("difference", "low", "high")]
 
 
 def cells(bench: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -278,19 +328,18 @@ def cells(bench: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     columns += ["tokens", "cut off", "steps", "seconds"]
     rows = []
     for row in bench["arms"]:
-        gain, tokens = row["against"], row["mean_tokens"]
-        figures = [100 * gain[key] for key in ("difference", "low", "high")] if gain else []
+        against, tokens, more = row["against"], row["mean_tokens"], "+" if row["gain"] else ""
         rows.append(
             [
                 row["arm"],
                 f"{row['accuracy']:.1%}",
                 f"{100 * row['low']:.1f} – {row['high']:.1%}",
-                "{:+.1f} ({:+.1f} to {:+.1f})".format(*figures) if gain else "–",
+                "{:+.1f} ({:+.1f} to {:+.1f})".format(*_points(against)) if against else "–",
                 _spread(row["loss"]),
                 _spread(row["kl"]),
                 "–" if tokens is None else f"{tokens:.0f}",
                 f"{row['truncated']:.1%}",
-                *(f"{sum(row[key]) / len(row[key]):.0f}" if row[key] else "–" for key in ("steps", "seconds")),
+                *(f"{more}{sum(row[key]) / len(row[key]):.0f}" if row[key] else "–" for key in ("steps", "seconds")),
             ]
         )
     return columns, rows

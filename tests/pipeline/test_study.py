@@ -66,6 +66,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             "packs": {"context_tokens": 1024},
             "sft": {"learning_rate": 1.0e-2, "epochs": 1, "batch_traces": 8, "precision": "float32"},
             "distill": {"kind": "topk_kl", "teacher": write_model(folder / "larger", 3, 1), "k": 8},
+            "variants": {},
             "benchmarks": [path["held-out"]],
             "teacher": path["teacher"],
         },
@@ -115,10 +116,13 @@ def test_a_student_without_a_teacher_of_its_vocabulary_is_refused(files: dict[st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "arms", [("text", "top-k"), pytest.param(("text", "top-k", "grpo", "on-policy"), marks=pytest.mark.soak)]
+)
 def test_it_is_trained_asked_and_read_for_real_and_never_twice(
-    files: dict[str, str], tmp_path: Path, fast_model, monkeypatch: pytest.MonkeyPatch
+    arms: tuple[str, ...], files: dict[str, str], tmp_path: Path, fast_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two arms and one seed; a server of the test's own answers in the models' place, right every second time."""
+    """One seed; a server of the test's own answers in the models' place, right every second time."""
 
     def answer(question: str, number: int) -> str:
         boxes, pens, gone = (int(word) for word in question.replace("?", "").split() if word.isdigit())
@@ -132,7 +136,8 @@ def test_it_is_trained_asked_and_read_for_real_and_never_twice(
                                        sampling=Sampling(max_tokens=1))  # fmt: skip
             yield Contender(name, endpoint, name, None, True)
 
-    monkeypatch.setattr(study, "ARMS", {name: study.ARMS[name] for name in ("text", "top-k")})
+    monkeypatch.setattr(study, "ARMS", {name: study.ARMS[name] for name in arms[:2]})
+    monkeypatch.setattr(study, "BEYOND", {name: study.BEYOND[name] for name in arms[2:]})
     monkeypatch.setattr(Study, "contenders", served)
     told: list[tuple[str, str, bool]] = []
 
@@ -142,16 +147,22 @@ def test_it_is_trained_asked_and_read_for_real_and_never_twice(
         return whole.execute(lambda name, done: told.append((name, done.step.stage.name, done.built)))
 
     artifact = execute()
-    assert [name for name in told if name[1] in ("packs", "logits", "checkpoint")] == [
-        ("text-0", "packs", True), ("text-0", "checkpoint", True), ("top-k-0", "logits", True), ("top-k-0", "checkpoint", True)
+    assert [name for name in told if name[1] in ("packs", "logits", "checkpoint", "beyond") and name[2]] == [
+        ("text-0", "packs", True), ("text-0", "checkpoint", True), ("top-k-0", "logits", True), ("top-k-0", "checkpoint", True),
+        *((f"{arm}-0", "beyond", True) for arm in arms[2:]),
     ]  # fmt: skip
-    assert artifact.manifest["read"] == 3 * 6 * 2 and artifact.manifest["kept"] == 3 * 6
-    rows = artifact.manifest["metrics"]["study"]["benchmarks"]["held-out"]["arms"]
-    assert [row["arm"] for row in rows] == ["base", "text", "top-k"]
+    models = 1 + len(arms)
+    assert artifact.manifest["read"] == models * 6 * 2 and artifact.manifest["kept"] == models * 6
+    found = artifact.manifest["metrics"]["study"]
+    rows = found["benchmarks"]["held-out"]["arms"]
+    assert [row["arm"] for row in rows] == ["base", *arms] and found["best"] == "text"
     for row in rows:
         assert (row["accuracy"], row["questions"], row["k"], row["low"], row["high"]) == (0.5, 6, 2, 0.5, 0.5)
-        assert (row["against"] is not None) == (row["arm"] == "top-k")
-    untrained, text, topk = rows
+        assert (row["against"] is not None) == (row["arm"] in arms[1:])
+        assert (row["gain"] is not None) == (row["arm"] in arms[2:])
+    untrained, text, topk, *further = rows
+    for row in further:
+        assert row["steps"] == text["steps"] and row["kl"] != text["kl"]
     assert text["steps"] == topk["steps"] and text["steps"][0] > 0 and untrained["steps"] == []
     assert text["loss"][0] < untrained["loss"][0] and topk["kl"][0] < untrained["kl"][0]
     assert text["loss"][0] < topk["loss"][0] and topk["kl"][0] < text["kl"][0]  # each is best at what it was taught
@@ -197,7 +208,7 @@ def test_the_table_counts_questions_answers_and_seeds() -> None:
     }
     rows = [row for name, each in right.items() for row in answers(name, each, tokens=20 if name == "both-2" else 10)]
     arms = {arm: [f"{arm}-{seed}" for seed in range(3)] for arm in ("text", "both")}
-    text, both = study.scored(rows, arms)
+    text, both = study.scored(rows, arms, "text")
     for row in (text, both):
         each = [right[name] for name in arms[row["arm"]]]
         assert row["accuracy"] == pytest.approx(np.mean(each))
