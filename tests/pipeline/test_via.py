@@ -145,6 +145,12 @@ def test_another_template_is_refused_and_so_is_a_setting_of_nobody(hops, tmp_pat
         hops("via.sft.epochs=2", via=None)
 
 
+def test_sequences_that_are_cut_and_probabilities_do_not_go_together() -> None:
+    with pytest.raises(RequestError, match="sequence_parallel over 1 don't go together"):
+        Run.load("qwen-7b", overrides=["student.sft.launch.sequence_parallel=2"], via="qwen-32b")
+    assert not any("Ulysses" in line for line in planned("8xh200").stage("checkpoint").rejected)
+
+
 def test_padding_is_no_other_family() -> None:
     assert Run.load("qwen-1.5b", via="qwen-32b").via
 

@@ -18,7 +18,7 @@ import pytest
 
 from r1distill.data import schema
 from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.students import checkpoints, kd, layout, logits, packing, schedule, sft, topk, trainer
+from r1distill.students import checkpoints, kd, layout, logits, packing, preflight, schedule, sft, topk, trainer
 from r1distill.students.catalogue import Student
 
 TERMS = {"k": 8, "temperature": 2.0, "kl_weight": 0.7, "ce_weight": 0.3}
@@ -167,6 +167,12 @@ def test_another_vocabulary_is_refused(tiny_base: Path, tiny_r1_base: Path) -> N
     logits.check_vocabulary(mine, mine, "the same")
     with pytest.raises(RequestError, match="another vocabulary"):
         logits.check_vocabulary(mine, other, "the other")
+
+
+def test_a_first_hop_of_another_vocabulary_is_refused_by_the_bases(tiny_student, tiny_r1_student, tmp_path) -> None:
+    preflight.require_vocabulary(tiny_student, tiny_student, tmp_path)
+    with pytest.raises(RequestError, match="another vocabulary"):
+        preflight.require_vocabulary(tiny_student, tiny_r1_student, tmp_path)
 
 
 def collated(packs: Path, rows: topk.TopK, every: int = 1, first: int = 0):

@@ -61,6 +61,16 @@ def test_the_hubs_own_parser_reads_the_models_card(publication):
     assert "__" not in card.text
 
 
+def test_the_card_says_whose_probabilities_were_learned(inputs, publishing, tmp_path):
+    out = tmp_path / "home" / "publication" / "tiny-taught"
+    out.mkdir(parents=True)
+    lineage = {"base": "base", "teacher": "r1", "probabilities_of": f"first@{'e' * 64}"}
+    publish.build(publishing, inputs, inputs["checkpoint"], out, tmp_path / "home", lineage=lineage)
+    card = (out / "model" / "README.md").read_text()
+    assert f"also learned the probabilities that `first@{'e' * 64}` gives" in card
+    assert f"- probabilities of: `first@{'e' * 64}`" in card
+
+
 def test_the_datasets_card_opens_with_datasets(changed, lay_out, tmp_path):
     from datasets import load_dataset
     from huggingface_hub import DatasetCard
