@@ -98,11 +98,8 @@ def find(path: Path, digest: str) -> Artifact | None:
 
 
 @contextmanager
-def building(path: Path) -> Iterator[Path]:
-    """Hold the lock of the artifact at ``path`` and give the folder to build it in, with what a killed run left there.
-
-    Raises RequestError at once where another run is building the same artifact.
-    """
+def alone(path: Path) -> Iterator[None]:
+    """Hold the lock of ``path``; raises RequestError at once where another run holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.parent / f".{path.name}.lock")
     try:
@@ -112,11 +109,21 @@ def building(path: Path) -> Iterator[Path]:
             f"another run is building {path}. Wait for it to end ('r1distill status' shows the stages), or stop it."
         ) from None
     try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def building(path: Path) -> Iterator[Path]:
+    """Hold the lock of the artifact at ``path`` and give the folder to build it in, with what a killed run left there.
+
+    Raises what ``alone`` does.
+    """
+    with alone(path):
         partial = partial_of(path)
         (partial / WORK).mkdir(parents=True, exist_ok=True)
         yield partial
-    finally:
-        lock.release()
 
 
 def seal(partial: Path, path: Path, manifest: dict[str, Any]) -> Artifact:

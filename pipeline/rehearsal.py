@@ -28,6 +28,7 @@ from r1distill.data import models, schema
 from r1distill.data.config import load, names, parse_overrides
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.pipeline import plan, runner
+from r1distill.pipeline.artifact import alone
 from r1distill.pipeline.run import SECTIONS, Run
 from r1distill.students import attention, base, isolation, preflight
 from r1distill.students.catalogue import Student
@@ -106,7 +107,14 @@ class Rehearsal:
         )
 
     def steps(self) -> Iterator[Rehearsed]:
-        """Take every step in turn; the first one that breaks is the last."""
+        """Take every step in turn; the first one that breaks is the last.
+
+        Raises RequestError where another rehearsal is at work in the folder.
+        """
+        with alone(self.folder):
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[Rehearsed]:
         for name, action in self._plan():
             began = time.monotonic()
             try:

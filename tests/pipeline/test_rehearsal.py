@@ -50,7 +50,18 @@ def test_every_student_passes(name: str, lora: bool, tmp_path: Path) -> None:
     assert {"model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= files
     assert {file.split("/")[1] for file in files if file.startswith("variants/")} == set(rehearsal.student.variants)
     rehearsal.clear()
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == [f".{rehearsal.name}.lock"]
+
+
+@needs_tokenizers
+def test_two_at_once_do_not_spoil_each_other(tmp_path: Path) -> None:
+    first, second = (Rehearsal("qwen-7b", tmp_path, False, BOTH, until="prompts") for _ in range(2))
+    steps = first.steps()
+    next(steps)
+    with pytest.raises(RequestError, match=r"another run is building .*qwen-7b"):
+        next(second.steps())
+    assert [step.name for step in steps][-1] == "prompts"
+    assert all(step.passed for step in second.steps())
 
 
 @needs_tokenizers
