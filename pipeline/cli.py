@@ -162,6 +162,7 @@ def rehearse(
         typer.Option(help="A folder with the base's tokenizer, instead of the Hub's; of several, the one that fits."),
     ] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    hardware: Annotated[str, typer.Option(help="Whose training layout is rehearsed, on two processes.")] = "16xh100",
     keep: Annotated[bool, typer.Option("--keep", help="Leave what was made on the disk.")] = False,
     changes: Changes = None,
     as_json: Json = False,
@@ -175,7 +176,8 @@ def rehearse(
         cases = [(name, lora) for name in rehearsal.r1_students() for lora in (False, True)]
     results = {}
     for name, lora in cases:
-        one = rehearsal.Rehearsal(name, home_folder() / "rehearsal", lora, tokenizer or [], changes or [], until)
+        folder, folders = home_folder() / "rehearsal", tokenizer or []
+        one = rehearsal.Rehearsal(name, folder, lora, folders, changes or [], until, hardware)
         results[one.name] = steps = list(report.show_rehearsal(one, out, as_json))
         if all(step.passed for step in steps) and not keep:
             one.clear()

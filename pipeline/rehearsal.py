@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -27,26 +26,22 @@ import yaml
 from r1distill.data import models, schema
 from r1distill.data.config import load, names, parse_overrides
 from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.pipeline import plan, runner
+from r1distill.pipeline import plan, runner, standin
 from r1distill.pipeline.artifact import alone
 from r1distill.pipeline.run import SECTIONS, Run
 from r1distill.students import attention, base, isolation, preflight
 from r1distill.students.catalogue import Student
 from r1distill.students.layout import Layout
 from r1distill.students.schedule import Packs
-from r1distill.students.subject import CONFIG, SETTINGS, has_vocabulary, unpacked
+from r1distill.students.subject import has_vocabulary
 from r1distill.students.trainer import collator
 from r1distill.teacher.serve import on_cpu
 
-# Two layers whose rows llama.cpp's K-quants (blocks of 256), groups of 128 and vLLM's attention can take.
-SHAPE = {"layers": 2, "hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2}
 CONTEXT_TOKENS = 512
 TRACES = 24
 QUESTIONS = 2  # asked of every model that is served
 ANSWER_TOKENS = 12
 LORA = {"kind": "lora", "rank": 8, "alpha": 16}
-TIED_BASES = ("Qwen/Qwen2.5-Math-1.5B",)  # where the base's own config.json is not at hand
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 KILL_SECONDS = 300  # for the first checkpoint to be there
 
 
@@ -79,6 +74,7 @@ class Rehearsal:
         tokenizers: Sequence[Path] = (),
         changes: Sequence[str] = (),
         until: str | None = None,
+        hardware: str = "16xh100",
     ) -> None:
         overrides = parse_overrides(changes, SECTIONS)["student"]
         if lora:
@@ -91,18 +87,20 @@ class Rehearsal:
         self.home = self.folder / "runs"
         self.base = self.folder / models.title(self.student.base).split("/")[-1]  # as the cards call it
         self.source = _source(self.student, tokenizers, under)
+        self.real = plan.training_layout(replace(Run.load(student, hardware=hardware), student=self.student))
         self._paths: dict[str, Path] = {}
 
     @property
     def shrunk(self) -> str:
         """What is not as in the real run, in words."""
-        real, sft, packs = self.student.architecture, self.student.sft, self.student.packs
+        real, shape, packs, settings = self.student.architecture, standin.SHAPE, self.student.packs, self._settings()
+        layout = Layout(processes_per_node=2, **self._spread())
+        batches = f"batches of {self.student.sft.batch_traces} traces {settings['sft']['batch_traces']}"
         return (
-            f"{real.layers} layers of {real.hidden} are {SHAPE['layers']} of {SHAPE['hidden']} with random weights; "
-            f"packs of {packs.context_tokens:,} tokens {CONTEXT_TOKENS}; batches of {sft.batch_traces} traces "
-            f"{self._settings()['sft']['batch_traces']}; the training's processes two on this machine, "
-            f"{self._strategy()}; the traces {TRACES} written ones; the benchmarks {QUESTIONS} questions, answered in "
-            f"{ANSWER_TOKENS} tokens; AutoRound's steps 2"
+            f"{real.layers} layers of {real.hidden} are {shape['layers']} of {shape['hidden']} with random weights; "
+            f"packs of {packs.context_tokens:,} tokens {CONTEXT_TOKENS}; {batches}; the training's layout "
+            f"({self.real}) {layout}; the traces {TRACES} written ones; the benchmarks {QUESTIONS} questions, "
+            f"answered in {ANSWER_TOKENS} tokens; AutoRound's steps 2"
             + ("; FP8 is made and not served, which vLLM does on GPUs alone" if on_cpu() else "")
         )
 
@@ -154,9 +152,10 @@ class Rehearsal:
     def _set_up(self) -> str:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.base.mkdir(parents=True)
-        parameters = self._write_base(self.base)
-        self._write_traces()
         settings = self._settings()
+        shape = Student.model_validate({**settings, "name": self.student.name}).architecture
+        parameters = standin.write_base(self.student, shape, self.source, self.base)
+        standin.write_traces(self.folder, TRACES, QUESTIONS)
         settings["architecture"]["parameters"] = parameters
         for name, values in (("teacher", self._teacher()), ("prompts", self._prompts()), ("few", self._benchmark())):
             self._file(name).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
@@ -231,7 +230,7 @@ class Rehearsal:
                     raise R1DistillError(f"the training wrote no checkpoint. {log} ends:\n{tail}")
                 time.sleep(0.02)
         finally:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
         self._wait_for_workers()
         self._killed_at = max(int(path.name.rpartition("-")[2]) for path in good)
@@ -275,7 +274,7 @@ class Rehearsal:
         """The student's own settings, shrunk."""
         whole = self.student.model_dump(mode="json", exclude={"name"}, exclude_none=True)
         sft, launch = whole["sft"], whole["sft"]["launch"]
-        launch |= {"strategy": self._strategy(), "nodes": 1, "processes_per_node": 2}
+        launch |= {"nodes": 1, "processes_per_node": 2, **self._spread()}
         launch.pop("attention", None)
         sft |= {"batch_traces": min(sft["batch_traces"], 6), "save_steps": 2, "tracking": None}
         for variant in whole["variants"].values():
@@ -294,7 +293,7 @@ class Rehearsal:
         return {
             **whole,
             "base": base,
-            "architecture": {**whole["architecture"], **SHAPE, "parameters": 1},
+            "architecture": {**whole["architecture"], **standin.SHAPE, "parameters": 1},
             "packs": {**whole["packs"], "context_tokens": CONTEXT_TOKENS},
             "gate": {},
             "twin": None,
@@ -305,10 +304,12 @@ class Rehearsal:
             "serve_options": {**whole["serve_options"], "max-num-seqs": 4},
         }
 
-    def _strategy(self) -> str:
-        """DeepSpeed's ZeRO-3 where the real training uses it and it is installed; FSDP wants GPUs."""
-        zero3 = self.student.sft.launch.strategy == "zero3" or (self.student.sft.launch.sequence_parallel or 1) > 1
-        return "zero3" if zero3 and importlib.util.find_spec("deepspeed") else "ddp"
+    def _spread(self) -> dict[str, Any]:
+        """The real layout's kind, on two processes. FSDP2 wants GPUs, as peft does for an adapter under DeepSpeed."""
+        deepspeed = importlib.util.find_spec("deepspeed") and self.student.sft.method.kind == "full"
+        if self.real.strategy != "zero3" or not deepspeed:
+            return {"strategy": "ddp", "sequence_parallel": 1}
+        return {"strategy": "zero3", "sequence_parallel": min(2, self.real.sequence_parallel)}
 
     def _teacher(self) -> dict[str, Any]:
         columns = {
@@ -325,7 +326,7 @@ class Rehearsal:
         source = {"kind": "file", "path": str(self.folder / "traces.jsonl"), "columns": columns, "license": "mit"}
         return {
             "sources": [source],
-            "instruction": INSTRUCTION,
+            "instruction": standin.INSTRUCTION,
             "decontaminate": {"against": [str(self._file("few"))], "ngram": None},
             "dataset": {"validation_share": 0.2},
         }
@@ -336,56 +337,10 @@ class Rehearsal:
         return {
             "title": "A few sums",
             "source": source,
-            "instruction": INSTRUCTION,
+            "instruction": standin.INSTRUCTION,
             "k": 1,
             "max_tokens": ANSWER_TOKENS,
         }
-
-    def _write_traces(self) -> None:
-        """Sums with R1's kind of thinking: one answer is wrong, and one was cut off."""
-        rows = [written(number) for number in range(TRACES + QUESTIONS)]
-        rows[1]["completion"] = rows[1]["completion"].replace(rows[1]["answer"], "1")
-        rows[2] |= {"completion": rows[2]["completion"][:60], "finish_reason": "length"}
-        for name, part in (("traces", rows[:TRACES]), ("questions", rows[TRACES:])):
-            text = "".join(json.dumps(row) + "\n" for row in part)
-            (self.folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-    def _write_base(self, out: Path) -> int:
-        """Random weights with the base's tokenizer and its own settings, shrunk; returns the number of parameters."""
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        shape = Student.model_validate({**self._settings(), "name": self.student.name}).architecture
-        with unpacked(self.source) as files:
-            for file in files.iterdir():
-                if file.suffix in (".json", ".jinja") and "safetensors" not in file.name:
-                    shutil.copyfile(file, out / file.name)
-        wanted = shape.to_config().to_dict()
-        known = (out / CONFIG).is_file()
-        config = AutoConfig.from_pretrained(out) if known else shape.to_config()
-        for key in (
-            "num_hidden_layers",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-        ):
-            setattr(config, key, wanted[key])
-        if getattr(config, "head_dim", None):
-            config.head_dim = shape.hidden // shape.heads
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: shape.layers]
-        if not known:
-            config.tie_word_embeddings = models.title(self.student.base) in TIED_BASES
-        if (licence := self.student.publication.base_license).startswith("llama"):  # it has to go along
-            text = f"A rehearsal's stand-in for the LLAMA {licence.removeprefix('llama')} COMMUNITY LICENSE\n"
-            (out / "LICENSE").write_text(text)
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out)
-        if not (out / SETTINGS).is_file():
-            (out / SETTINGS).write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-        with torch.device("meta"):
-            return int(AutoModelForCausalLM.from_config(shape.to_config()).num_parameters())
 
     def _good_checkpoints(self) -> list[Path]:
         whole = self.home.glob("checkpoint/.*.partial/.work/checkpoints/checkpoint-*/GOOD")  # the trainer's mark
@@ -398,26 +353,6 @@ class Rehearsal:
             if time.monotonic() > deadline:
                 raise R1DistillError(f"30 s after the run was killed its processes {left} still ran")
             time.sleep(0.1)
-
-
-def written(number: int) -> dict[str, str]:
-    """A question with an R1-like completion, which has no opening tag, and its answer."""
-    boxes, pens, gone = 3 + number, 4 + number * 7 % 11, 2 + number % 5
-    total, answer = boxes * pens, boxes * pens - gone
-    question = f"A shop has {boxes} boxes with {pens} pens each and sells {gone} of the pens. How many pens are left?"
-    thinking = (
-        f"Okay, so there are {boxes} boxes, and each of them has {pens} pens.\n\nThat makes {boxes} * {pens} = {total} "
-        f"pens in all. Then {gone} of them are sold, so {total} - {gone} = {answer}.\n\nWait, let me check that again: "
-        f"{answer} + {gone} = {total}. Yes, this is right."
-    )
-    response = f"The shop starts with ${boxes} \\times {pens} = {total}$ pens.\n\nLeft are \\boxed{{{answer}}} pens."
-    return {
-        "question": question,
-        "prompt": f"{question}\n\n{INSTRUCTION}",
-        "completion": f"{thinking}\n</think>\n\n{response}",
-        "finish_reason": "stop",
-        "answer": str(answer),
-    }
 
 
 def _source(student: Student, tokenizers: Sequence[Path], home: Path) -> Path:

@@ -137,7 +137,13 @@ def check(layout: Layout, student: Student) -> None:
             f"{layout.nodes} nodes need as many host names, found {len(layout.hosts)}. "
             "Name them, this one first: --set 'hardware.hosts=[node1,node2]'"
         )
-    if student.sft.method.kind == "qlora":
+    method = student.sft.method
+    if method.kind != "full" and method.train_renamed_rows and layout.strategy == "zero3" and layout.cpu:
+        raise RequestError(
+            "on the CPU peft can't train rows of embeddings that zero3 has sharded: set student.sft.launch.strategy to "
+            "ddp, or student.sft.method.train_renamed_rows to false."
+        )
+    if method.kind == "qlora":
         if layout.strategy == "zero3":
             raise RequestError(
                 "qlora's 4-bit weights can't be sharded by zero3: set student.sft.launch.strategy to fsdp2."

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from r1distill.data.errors import RequestError
-from r1distill.pipeline.rehearsal import Rehearsal, r1_students, written
+from r1distill.pipeline.rehearsal import Rehearsal, r1_students
+from r1distill.pipeline.standin import written
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
 needs_tokenizers = pytest.mark.skipif(not SHARED.is_dir(), reason="the published tokenizers are not on this machine")
@@ -51,6 +52,20 @@ def test_every_student_passes(name: str, lora: bool, tmp_path: Path) -> None:
     assert {file.split("/")[1] for file in files if file.startswith("variants/")} == set(rehearsal.student.variants)
     rehearsal.clear()
     assert [file.name for file in tmp_path.iterdir()] == [f".{rehearsal.name}.lock"]
+
+
+@needs_tokenizers
+def test_the_layout_is_of_the_real_ones_kind(tmp_path: Path) -> None:
+    """Where the real training cuts sequences over GPUs the rehearsal cuts them over its two processes."""
+    spread = {}
+    for name, hardware in (("qwen-1.5b", "8xh100"), ("qwen-32b", "8xh200"), ("qwen-32b", "16xh100")):
+        launch = Rehearsal(name, tmp_path, False, BOTH, hardware=hardware)._settings()["sft"]["launch"]
+        spread[name, hardware] = (launch["strategy"], launch["sequence_parallel"])
+    assert spread == {
+        ("qwen-1.5b", "8xh100"): ("ddp", 1),
+        ("qwen-32b", "8xh200"): ("ddp", 1),
+        ("qwen-32b", "16xh100"): ("zero3", 2),
+    }
 
 
 @needs_tokenizers

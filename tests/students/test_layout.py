@@ -89,6 +89,8 @@ def test_what_a_student_cant_be_trained_with_is_refused_before_anything_starts(s
         layout.check(LAYOUTS["zero3"], quantised)
     with pytest.raises(RequestError, match="qlora needs a GPU"):
         layout.check(LAYOUTS["one"], quantised)
+    with pytest.raises(RequestError, match="peft can't train rows of embeddings that zero3 has sharded"):
+        layout.check(LAYOUTS["zero3"].model_copy(update={"cpu": True}), quantised)
 
 
 def test_four_bits_are_nf4_or_the_missing_library_is_named() -> None:
