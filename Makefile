@@ -31,8 +31,9 @@ BENCH ?=
 
 HOP = $(if $(VIA),--via '$(VIA)')
 REQUEST = --student '$(STUDENT)' $(HOP) $(if $(TEACHER),--teacher '$(TEACHER)') $(if $(PROMPTS),--prompts '$(PROMPTS)') \
-	$(if $(HARDWARE),--hardware '$(HARDWARE)') $(CHANGES)
+	$(LAYOUT) $(CHANGES)
 TOKENIZERS = $(foreach folder,$(TOKENIZER),--tokenizer '$(folder)')
+LAYOUT = $(if $(HARDWARE),--hardware '$(HARDWARE)')
 CHANGES = $(foreach change,$(SET),--set '$(change)')
 
 # The environment. Its stamps carry the checksums of what they were made from and are written last: a half-installed
@@ -93,10 +94,10 @@ preflight: setup
 	@$(BIN)/r1distill preflight --student '$(STUDENT)' $(CHANGES) $(if $(TOKENIZER),--tokenizer '$(TOKENIZER)')
 
 rehearse: setup
-	@$(BIN)/r1distill rehearse --student '$(STUDENT)' $(CHANGES) $(if $(LORA),--lora) $(TOKENIZERS)
+	@$(BIN)/r1distill rehearse --student '$(STUDENT)' $(LAYOUT) $(CHANGES) $(if $(LORA),--lora) $(TOKENIZERS)
 
 rehearse-all: setup
-	@$(BIN)/r1distill rehearse --all $(CHANGES) $(TOKENIZERS)
+	@$(BIN)/r1distill rehearse --all $(LAYOUT) $(CHANGES) $(TOKENIZERS)
 
 status: setup
 	@$(BIN)/r1distill status
