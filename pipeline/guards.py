@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from r1distill.pipeline import plan
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.runner import Step, stage_names
+from r1distill.students import beyond
 
 PILOT = ["prompts", "traces", "verdicts"]  # what a pilot goes through
 
@@ -18,6 +19,8 @@ def check(run: Run, stages: Sequence[str]) -> None:
         if "scores" in its:
             one.check_held_out()
     plan.check_run(run, stages)
+    if run.student.beyond and "beyond" in stages:
+        beyond.check(run.student, plan.beyond_layout(run))
     for one, its in hops:
         if "verdicts" in its:
             one.check_sandbox(scored="scores" in its)
@@ -31,6 +34,8 @@ def preflight(steps: Sequence[Step]) -> None:
         run = step.run
         if step.stage.name == "packs" and run.student.base.kind != "package" and not step.sealed():
             preflight.require(run.student, run.home)
+        if step.stage.name == "packs" and not step.sealed():
+            preflight.require_teachers(run.student, run.home)
         if run.via and step.stage.name == run.asks_in and not step.sealed():
             preflight.require_vocabulary(run.student, run.via.student, run.home)
 

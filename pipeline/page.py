@@ -127,6 +127,8 @@ def _blocks(home: Path, student: str, stages: dict[str, tuple[Path, Manifest]]) 
     yield _rows(stages)
     if "logits" in stages:
         yield from _probabilities(home, stages["logits"][1])
+    if "beyond" in stages:
+        yield from _own_answers(*stages["beyond"])
     if "scores" in stages:
         yield from _scores(*stages["scores"])
     else:
@@ -157,6 +159,26 @@ def _probabilities(home: Path, logits: Manifest) -> Iterator[Block]:
         if scored := _scores_of(home, first[1]["fingerprint"]):
             for block in _scores(*scored):
                 yield Heading(f"{title}: {block.text}", 3) if isinstance(block, Heading) else block
+
+
+def _own_answers(folder: Path, beyond: Manifest) -> Iterator[Block]:
+    """How it learned from its own answers, and how the first of them and the last were."""
+    found, teacher = beyond["metrics"], beyond["identity"]["decides"]["teacher"]
+    yield Heading("What it learned from its own answers")
+    how = f"towards the probabilities of {found['teacher']} ({teacher[1]})" if teacher else "with GRPO"
+    yield Text(f"{found['steps']:,} steps {how}, on {found['answers']:,} answers of {found['tokens']:,} tokens.")
+    shares = {"right": "right", "cut_off": "cut off"}
+    rows = [
+        [
+            f"{place} step",
+            *(f"{found[f'{place}_{key}']:.1%}" if f"{place}_{key}" in found else "" for key in shares),
+            f"{found[f'{place}_mean_tokens']:,.0f}",
+            f"{found[f'{place}_loss']:.4f}",
+        ]
+        for place in ("first", "last")
+    ]
+    yield Table(["", *shares.values(), "tokens", "loss"], rows)
+    yield Plot("own-answers", "Loss and shares of right and cut off answers", (folder / "loss.png").read_bytes())
 
 
 def _scores_of(home: Path, checkpoint: str) -> tuple[Path, Manifest] | None:

@@ -50,7 +50,7 @@ def build(
     """
     settings = student.beyond
     assert settings
-    _check(student, spread)
+    check(student, spread)
     tracking.check_tracker(student.sft.tracking)
     tokenizer = out / ".work" / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
@@ -76,10 +76,12 @@ def build(
     told = sft.launched("r1distill.students.beyond", job, out / ".work", student, spread)
     asked, rejected = told["metrics"].pop("prompts"), told["metrics"].pop("rejected")
     read = schema.read(prompts, schema.PROMPT).num_rows
-    return Result(read, asked, rejected, {**told["metrics"], "layout": str(spread)}, unit="prompts")
+    who = {"teacher": models.title(settings.teacher)} if isinstance(settings, OnPolicy) else {}
+    return Result(read, asked, rejected, {**told["metrics"], **who, "layout": str(spread)}, unit="prompts")
 
 
-def _check(student: Student, spread: Layout) -> None:
+def check(student: Student, spread: Layout) -> None:
+    """Raise RequestError where the processes of ``spread`` can't carry the stage."""
     settings = student.beyond
     assert settings
     layout.check(spread, student)

@@ -76,12 +76,9 @@ def _beyond(story: Story) -> list[str]:
     """What became of it after that, in a sentence."""
     if "beyond" not in story.manifests:
         return []
-    steps = f"{story.manifests['beyond']['metrics']['steps']:,} steps on answers of its own"
-    if story.lineage.get("beyond_teacher"):
-        return [
-            f"After that it was trained for {steps}, towards the probabilities of `{story.lineage['beyond_teacher']}`."
-        ]
-    return [f"After that it was trained for {steps} with GRPO, rewarded by the checks that judge the traces."]
+    teacher, steps = story.lineage.get("beyond_teacher"), story.manifests["beyond"]["metrics"]["steps"]
+    how = f"towards the probabilities of `{teacher}`" if teacher else "with GRPO, rewarded by the traces' own checks"
+    return [f"After that it learned from answers of its own, {steps:,} steps {how}."]
 
 
 def _metadata(story: Story) -> str:

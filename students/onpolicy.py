@@ -98,10 +98,14 @@ def trainer_class(settings: Grpo | OnPolicy) -> Any:
             training = self.model.training
             self.model.eval()
             try:
-                with self.compute_loss_context_manager():
+                with self.accelerator.autocast():  # entered once: weights are cast once, and not for every token
                     return super()._generate_single_turn(*args, **kwargs)
             finally:
                 self.model.train(training)
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            with self.accelerator.autocast():  # else TRL's distillation, which goes around the model's own forward,
+                return super().compute_loss(*args, **kwargs)  # would compute in the master weights' float32
 
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
             found = super()._generate_and_score_completions(inputs)

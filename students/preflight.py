@@ -76,6 +76,19 @@ def require_vocabulary(student: Student, teacher: Student, home: Path) -> None:
         logits.check_vocabulary(tokenizer_of(mine), tokenizer_of(its), teacher.name)
 
 
+def require_teachers(student: Student, home: Path) -> None:
+    """The same of the models that its file names as teachers of their probabilities; one that is trained here is looked
+    at when it is."""
+    for key in ("distill", "beyond"):
+        teacher = getattr(getattr(student, key), "teacher", None)
+        if teacher is not None and not isinstance(teacher, models.CheckpointModel):
+            with (
+                unpacked(fetch(student, home)) as mine,
+                unpacked(models.materialise(teacher, home, files=FILES)) as its,
+            ):
+                logits.check_vocabulary(tokenizer_of(mine), tokenizer_of(its), models.title(teacher), key)
+
+
 def fetch(student: Student, home: Path) -> Path:
     """A folder with the base's tokenizer and settings, without its weights where it comes from the Hub."""
     try:

@@ -37,7 +37,7 @@ def answers(model: str, bench: str, right: int, questions: int = 20) -> list[dic
 def seal(home: Path, stage: str, label: str, digest: str, inputs: dict[str, str], **more) -> Path:
     folder = home / stage / f"{label}-{digest[:8]}"
     folder.mkdir(parents=True)
-    day = ["prompts", "traces", "verdicts", "scores", "checkpoint", "logits"].index(stage) + 1
+    day = ["prompts", "traces", "verdicts", "scores", "checkpoint", "logits", "beyond"].index(stage) + 1
     manifest = {
         "stage": stage, "label": label, "fingerprint": digest, "inputs": inputs, "read": 10, "kept": 8, "unit": "rows",
         "rejected": {"a | b": 2}, "seconds": 1.5, "metrics": {}, "created_at": f"2025-01-0{day}T00:00:00", **more,
@@ -183,3 +183,16 @@ def test_a_student_of_two_hops_names_who_taught_it_and_how_that_one_scored(tmp_p
         "Not scored yet.",
     ):
         assert word in text, word
+
+
+def test_what_it_learned_from_its_own_answers_is_told(tmp_path: Path) -> None:
+    found = {"steps": 50, "answers": 1600, "tokens": 80_000, "teacher": "org/big"}
+    found |= {"first_right": 0.25, "last_right": 0.5, "first_mean_tokens": 60, "last_mean_tokens": 40}
+    found |= {"first_loss": 0.5, "last_loss": 0.25, "first_cut_off": 0.1, "last_cut_off": 0.0}
+    decides = {"decides": {"teacher": [{"kind": "hub", "repo": "org/big"}, "abc"]}}
+    folder = seal(tmp_path, "beyond", "mine", "a" * 64, {}, metrics=found, identity=decides)
+    (folder / "loss.png").write_bytes(b"\x89PNG")
+    text = page.write(tmp_path, "mine", tmp_path / "out")[0].read_text()
+    assert "50 steps towards the probabilities of org/big (abc), on 1,600 answers of 80,000 tokens." in text
+    assert "| last step | 50.0% | 0.0% | 40 | 0.2500 |" in text
+    assert (tmp_path / "out" / "mine-own-answers.png").read_bytes() == b"\x89PNG"

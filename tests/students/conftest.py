@@ -337,7 +337,9 @@ def lay_out(inputs: dict[str, Path], tmp_path: Path) -> LayOut:
         out = tmp_path / "home" / "publication" / "tiny-00000000"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        result = publish.build(student, inputs, inputs["checkpoint"], out, tmp_path / "home", lineage=LINEAGE)
+        result = publish.build(
+            student, inputs, inputs.get("beyond", inputs["checkpoint"]), out, tmp_path / "home", lineage=LINEAGE
+        )
         result.check("publication")
         decides = {"publication": student.identity()["publication"]}
         return sealed(out, "publication", identity={"decides": decides}, rejected=result.rejected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -13,6 +14,8 @@ from r1distill.data.config import load
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.students import inventory, publish
 from r1distill.students.catalogue import Student
+
+from .conftest import sealed
 
 
 def test_both_repositories_are_complete(publication, publishing):
@@ -32,6 +35,25 @@ def test_both_repositories_are_complete(publication, publishing):
     assert len(entries) == len((publication / "SHA256SUMS").read_text().splitlines())
     for one in entries:
         assert one.sha256 == hashlib.sha256((publication / one.path).read_bytes()).hexdigest()
+
+
+def test_what_it_learned_beyond_is_published_and_its_own_answers_are_not(inputs, publishing, lay_out):
+    folder = inputs["beyond"] = inputs["checkpoint"].parent.parent / "beyond" / "tiny-beyond"
+    shutil.copytree(inputs["checkpoint"], folder)
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"\x07")
+    (folder / "rollouts").mkdir()
+    (folder / "rollouts" / "state.json").write_text("{}")
+    sealed(folder, "beyond", metrics={"steps": 1200, "last_right": 0.5})
+    grpo = {"kind": "grpo", "steps": 1200}
+    model = lay_out(Student.model_validate({**publishing.model_dump(), "beyond": grpo})) / "model"
+    for file in folder.glob("*.safetensors"):
+        assert (model / file.name).read_bytes() == file.read_bytes() != (inputs["checkpoint"] / file.name).read_bytes()
+    assert not list(model.rglob("rollouts*"))
+    card = (model / "README.md").read_text(encoding="utf-8")
+    fingerprint = hashlib.sha256(b"beyond").hexdigest()
+    for words in ("1,200 steps with GRPO", "- group size: 16", "- last right: 0.5", f"- beyond: `{fingerprint}`"):
+        assert words in card
 
 
 def test_the_hubs_own_parser_reads_the_models_card(publication):
