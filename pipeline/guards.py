@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from r1distill.pipeline import plan
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.runner import Step, stage_names
-from r1distill.students import beyond
 
 PILOT = ["prompts", "traces", "verdicts"]  # what a pilot goes through
 
@@ -20,6 +19,8 @@ def check(run: Run, stages: Sequence[str]) -> None:
             one.check_held_out()
     plan.check_run(run, stages)
     if run.student.beyond and "beyond" in stages:
+        from r1distill.students import beyond
+
         beyond.check(run.student, plan.beyond_layout(run))
     for one, its in hops:
         if "verdicts" in its:

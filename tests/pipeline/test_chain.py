@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from r1distill.pipeline import plan, runner, stages, storage
+from r1distill.data.errors import RequestError
+from r1distill.pipeline import guards, plan, runner, stages, storage
 from r1distill.pipeline.hardware import GIB
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.workload import Workload
@@ -79,3 +80,12 @@ def test_the_plan_has_the_stage_and_says_what_it_does_not_estimate() -> None:
     found = plan.plan(run.student, run.teacher, run.hardware).stage("beyond")
     assert found.fits and found.tokens == 10 * 4 * 8 * 100 and found.hours is None and "Not estimated" in found.note
     assert "Ulysses" not in found.layout
+
+
+def test_answers_that_processes_cannot_share_out_are_refused_before_anything_is_paid() -> None:
+    few = "{ kind: grpo, steps: 10, prompts_per_step: 1, group_size: 3 }"
+    two = ["student.sft.launch.processes_per_node=2", "student.sft.launch.strategy=ddp"]
+    run = Run.load("smollm2-135m", overrides=[f"student.beyond={few}", *two])
+    with pytest.raises(RequestError, match="can't share out 3 answers"):
+        guards.check(run, runner.stage_names("beyond"))
+    guards.check(run, runner.stage_names("checkpoint"))
