@@ -222,7 +222,7 @@ def load(student: Student, job: dict[str, Any], tokenizer: Any, spread: Layout) 
     model: Any = base.load_to_train(student, Path(job["base"]), tokenizer, spread)
     model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     if sft.adapter_of(student):
-        model.config.name_or_path = str(checkpoint)  # what vLLM loads: the base may tie what the student does not
+        model.name_or_path = str(checkpoint)  # what vLLM loads: the base may tie what the student does not
         wide = spread.strategy != "zero3"  # which wants all weights in one precision
         model = PeftModel.from_pretrained(
             model, str(checkpoint / "adapter"), is_trainable=True, autocast_adapter_dtype=wide

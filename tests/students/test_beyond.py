@@ -445,6 +445,19 @@ def test_an_adapter_goes_on_where_it_stood(kind, tiny_r1_student, tiny_r1_base, 
     assert (out / "model.safetensors").is_file()
 
 
+def test_prompts_come_again_once_all_were_asked() -> None:
+    """Whole groups side by side, a step's rows once for each round, and the same order whenever it is asked for."""
+    order = rollouts.Order(prompts=3, steps=6, prompts_per_step=2, group=2, rounds=2, seed=1)
+    rows = list(order)
+    assert len(rows) == len(order) == 6 * 2 * 2 * 2 and rows == list(order)
+    steps = [rows[place : place + 8] for place in range(0, 48, 8)]
+    for step in steps:
+        assert step[:4] == step[4:] and step[0] == step[1] and step[2] == step[3]
+    asked = [prompt for step in steps for prompt in (step[0], step[2])]
+    assert all(sorted(asked[place : place + 3]) == [0, 1, 2] for place in range(0, 12, 3))
+    assert asked[:3] == [0, 1, 2] and len({tuple(asked[place : place + 3]) for place in range(0, 12, 3)}) > 1
+
+
 @pytest.mark.parametrize("name", ["answers", "sequences", "vllm"])
 def test_what_cannot_be_carried_is_refused_before_anything_starts(name, student, prompts, checkpoint, tmp_path) -> None:
     two = {"processes_per_node": 2}
