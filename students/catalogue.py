@@ -205,7 +205,7 @@ class Grpo(_Beyond):
     kind: Literal["grpo"]
     group_size: int = Field(16, ge=2)  # R1-Zero's
     learning_rate: float = Field(3e-6, gt=0)  # R1-Zero's
-    rewards: dict[CheckName, float] = Field({"correctness": 1.0, "format": 1.0}, min_length=1)  # R1-Zero rewards these two
+    rewards: dict[CheckName, float] = Field({"correctness": 1.0, "format": 1.0}, min_length=1)  # R1-Zero's two
 
     @property
     def group(self) -> int:
