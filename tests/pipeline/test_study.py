@@ -13,7 +13,7 @@ from r1distill.data import schema
 from r1distill.data.errors import RequestError
 from r1distill.pipeline import page, runner, study
 from r1distill.pipeline.evaluation import Contender
-from r1distill.pipeline.rehearsal import written
+from r1distill.pipeline.standin import written
 from r1distill.pipeline.study import Study
 from r1distill.teacher.settings import EndpointTeacher, Sampling
 
