@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -142,7 +143,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(module: str, job: dict, work: Path, student: Student, spread: Layout) -> dict:
         said: list[dict] = []
         monkeypatch.setattr("r1distill.students.worker.tell", lambda **message: said.append(message))
-        beyond.main(job)
+        with mock.patch.dict(os.environ):  # a worker keeps to itself what it sets
+            beyond.main(job)
         return said[-1]
 
     monkeypatch.setattr("r1distill.students.sft.launched", launched)
