@@ -20,11 +20,17 @@ NAME, WHOLE, TEACHER = "smollm2-third", "smollm2-135m", "embedded"
 # 2403.17887, section 4). What is left writes nothing sensible until it is trained.
 KEPT = (0, 3, 6, 10, 13, 16, 19, 23, 26, 29)
 SUMS = {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}  # short answers: a token is dear on a CPU
-# What the arms that go on from there take: as many answers a step as they are traces, about, and no longer ones.
-ANSWERS = {"prompts_per_step": 8, "max_completion_tokens": 64}
+# What the arms that go on take: about as many answers a step as there were traces, a little longer than the teacher's,
+# the longest of which has 35 tokens.
 BEYOND: dict[str, dict[str, Any]] = {
-    "on-policy": {"kind": "on_policy", **ANSWERS, "learning_rate": 3.0e-4},
-    "grpo": {"kind": "grpo", **ANSWERS, "prompts_per_step": 2, "group_size": 4, "learning_rate": 5.0e-5},
+    "on-policy": {"kind": "on_policy", "prompts_per_step": 4, "max_completion_tokens": 40, "learning_rate": 3.0e-4},
+    "grpo": {
+        "kind": "grpo",
+        "prompts_per_step": 2,
+        "group_size": 4,
+        "max_completion_tokens": 40,
+        "learning_rate": 5.0e-5,
+    },
 }
 PROMPTS, QUESTIONS, SAMPLES, ANSWER_TOKENS = 640, 96, 1, 64
 INSTRUCTION = "Think step by step and box the final answer."
