@@ -270,8 +270,8 @@ def scored(answers: Rows, arms: Mapping[str, Sequence[str]], best: str) -> Rows:
                 **over_runs(each),
                 "by_seed": [sum(run.values()) / len(run) for run in each],
                 "k": len(rows) // sum(map(len, each)),
-                "against": None if each is first or arm in GIVEN else paired_runs(each, first),
-                "gain": None if arm in (*GIVEN, *ARMS) else paired_runs(each, means[best]),
+                "against": None if each is first or arm in GIVEN else paired_runs(each, first[: len(each)]),
+                "gain": None if arm in (*GIVEN, *ARMS) else paired_runs(each, means[best][: len(each)]),
                 "mean_tokens": sum(counts) / len(counts) if counts else None,
                 "truncated": sum(row["reason"] == "truncated" for row in rows) / len(rows),
             }
