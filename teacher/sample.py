@@ -86,7 +86,7 @@ def ask(order: Order, endpoint: Endpoint, ledger: Ledger, client: Client, title:
             print(f"{title}: what was cut off is asked again ({kind}). So far:\n{found}", file=sys.stderr)
             rounds.append(_asked(order, endpoint, ledger, client, f"{title} ({kind})", cut_off))
     asked, tokens = (sum(counts) for counts in zip(*rounds, strict=True))
-    return {"asked": asked, "completion_tokens": tokens, "seconds": round(time.monotonic() - began, 2), **shown}
+    return {"asked": asked, "completion_tokens": tokens, "seconds": time.monotonic() - began, **shown}
 
 
 def rows(order: Order, ledger: Ledger) -> Iterator[dict[str, Any]]:
