@@ -146,12 +146,13 @@ class Judge:
         cores = max(1, len(os.sched_getaffinity(0)) // sharing)  # with the other processes of this machine
         self.rules = rules.model_copy(update={"workers": min(verdicts.workers(rules), cores)})
         self.tokenizer, self.ends = tokenizer, set(ends)
-        self._last: tuple[list[list[int]], list[Answer]] = [], []
+        self._last: tuple[Any, list[Answer]] = None, []  # what was judged: prompts and ids
 
     def __call__(self, prompts: Sequence[Row], ids: list[list[int]]) -> list[Answer]:
         """The answers to rows of PROMPT with their verdicts; those that were judged last are not judged again."""
-        if not ids or self._last[0] != ids:
-            self._last = ids, self._judged(prompts, ids)
+        asked = [prompt["prompt_id"] for prompt in prompts], ids  # a collapsed student gives many prompts one answer
+        if self._last[0] != asked:
+            self._last = asked, self._judged(prompts, ids)
         return self._last[1]
 
     def _judged(self, prompts: Sequence[Row], ids: list[list[int]]) -> list[Answer]:

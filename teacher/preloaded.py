@@ -1,8 +1,8 @@
 """vLLM's modules loaded once for all servers of a stage on the CPU: each server is a fork of one process.
 
-Loading them is most of a start, and vLLM does it twice, as its engine is a fresh process. Here a start takes a sixth of
-the CPU time. ``python -m r1distill.teacher.preloaded PARENT SOCKET`` is that process: it gets a request a datagram, the
-server's arguments, environment and log, and answers with the number and the pidfd of a watcher (``teacher.watch``).
+Loading them is most of a start, and vLLM does it twice, as its engine is a fresh process. ``python -m
+r1distill.teacher.preloaded PARENT SOCKET`` is that process: it gets a request a datagram, the server's arguments,
+environment and log, and answers with the number and the pidfd of a watcher (``teacher.watch``).
 """
 
 from __future__ import annotations

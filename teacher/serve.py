@@ -81,7 +81,7 @@ class VllmSpec:
     @property
     def preloads(self) -> bool:
         """Whether it can be a fork of a process that has vLLM loaded already."""
-        return on_cpu() and not self.environment and sys.platform == "linux"
+        return on_cpu() and not self.environment
 
     def script(self, port: int, cpu: bool) -> str:
         """The same for vLLM's CPU or GPU build, as a shell script for another machine."""

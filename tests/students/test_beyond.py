@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +22,7 @@ from r1distill.students.catalogue import Student
 from r1distill.students.layout import Layout
 from r1distill.students.template import TEMPLATES, encode, write_tokenizer
 
-from .test_sft import living, wait_until_gone
+from .test_sft import kill_all
 
 pytestmark = pytest.mark.slow
 
@@ -227,6 +225,18 @@ def test_answers_are_logged_with_what_they_are_worth(grpo, prompts) -> None:
     assert len(set(rewards.ravel())) > 1
     expected = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
     np.testing.assert_allclose([row["advantage"] for row in rows], expected.ravel(), atol=1e-3)
+
+
+def test_one_answer_to_two_prompts_is_judged_for_each(tiny_base: Path) -> None:
+    """A student that says the same to everything gets no verdict of another prompt's."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    said = [tokenizer.encode("4", add_special_tokens=False)]
+    judge = rollouts.Judge(RULES, tokenizer, [tokenizer.eos_token_id], sharing=1)
+    rows = [dict.fromkeys(schema.PROMPT.names) | {"prompt_id": name, "question": "2 + 2?", "domain": "math",
+            "verifier": "math", "reference_answer": "4"} for name in "ab"]  # fmt: skip
+    assert [judge([row], said)[0].prompt_id for row in rows] == ["a", "b"]
 
 
 def test_rewards_lengths_and_cuts_are_told_of_every_step(grpo) -> None:
@@ -490,11 +500,7 @@ def test_two_processes_killed_and_resumed_log_every_answer_once(student, prompts
     saved, logged, deadline = out / ".work" / "checkpoints", out / ".work" / "rollouts", time.monotonic() + 300
     while not (good := checkpoints.whole(saved)) or not list(logged.glob(f"{checkpoints.number(good[-1]) + 1:08}-*")):
         assert caller.poll() is None and time.monotonic() < deadline
-    for process in [caller.pid, *living(str(out))]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    caller.wait()
-    wait_until_gone(str(out))
+    kill_all(caller, str(out))
     spread = Layout(strategy="ddp", processes_per_node=2, checkpointing=False)
     result = built(student(settings), prompts, checkpoint, out, spread)
     rows = answers(out)

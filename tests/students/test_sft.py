@@ -146,11 +146,7 @@ def test_two_processes_killed_while_saving_and_resumed_on_two_nodes_end_as_one_u
     deadline = time.monotonic() + 400
     while not (torn := unfinished(saved) if checkpoints.whole(saved) else []):
         assert caller.poll() is None and time.monotonic() < deadline
-    for process in [caller.pid, *living(str(out))]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    caller.wait()
-    wait_until_gone(str(out))
+    kill_all(caller, str(out))
     assert unfinished(saved), torn  # the save was cut off indeed
     first = checkpoints.number(checkpoints.whole(saved)[-1])
     with socket.socket() as free:
@@ -233,6 +229,15 @@ def living(mark: str) -> list[int]:
                 if mark.encode() in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
     return found
+
+
+def kill_all(caller: subprocess.Popen, mark: str) -> None:
+    """SIGKILL for a process and for all that have ``mark`` in their command line; waits for their end."""
+    for process in [caller.pid, *living(mark)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    caller.wait()
+    wait_until_gone(mark)
 
 
 def wait_until_gone(mark: str, seconds: float = 60) -> None:
