@@ -113,6 +113,31 @@ def test_a_second_run_keeps_what_is_whole_and_asks_for_what_is_not(made, checkpo
     facts.write_text(told)
 
 
+def test_scales_searched_for_in_pieces_make_the_same_file(
+    made, checkpoint, sums_dataset, tmp_path, monkeypatch
+) -> None:
+    from auto_round.data_type import gguf
+    from transformers import AutoTokenizer
+
+    pieces: dict[str, int] = {}
+
+    def seen(name: str, search: Callable) -> Callable:
+        def searched(*args, **kwargs):
+            pieces[name] = max(pieces.get(name, 1), kwargs["split_num"])
+            return search(*args, **kwargs)
+
+        return searched
+
+    for name in ("make_qx_quants_chunk", "iterative_wls_quant_search"):
+        monkeypatch.setattr(gguf, name, seen(name, getattr(gguf, name)))
+    monkeypatch.setattr(quantise, "SEARCHED_AT_ONCE", 1 << 10)
+    student, tokenizer = made.student, AutoTokenizer.from_pretrained(checkpoint)
+    calibrated = quantise.calibration(student, student.variants["q4_k_m"], tokenizer, sums_dataset)
+    file = next(quantise.make(student, "q4_k_m", calibrated, checkpoint, tmp_path).glob("*.gguf"))
+    assert file.read_bytes() == (made.out / "q4_k_m" / file.name).read_bytes()
+    assert len(pieces) == 2 and min(pieces.values()) > 4
+
+
 # Damaged on purpose.
 
 
