@@ -145,6 +145,7 @@ def main(job: dict[str, Any]) -> None:
 def make(student: Student, name: str, pieces: torch.Tensor | None, checkpoint: Path, scratch: Path) -> Path:
     """Quantise, and put the checkpoint's own files in the place of AutoRound's; returns the variant's folder."""
     variant = student.variants[name]
+    os.environ["AR_WORK_SPACE"] = str(scratch / "aside")  # weights put out of memory: else into the user's folder
     made, out = quantise(variant, checkpoint, pieces, scratch / "raw"), scratch / "made"
     if isinstance(variant, GgufVariant):
         out.mkdir()
@@ -156,7 +157,8 @@ def make(student: Student, name: str, pieces: torch.Tensor | None, checkpoint: P
         for file in KEPT_FILES:
             shutil.copyfile(checkpoint / file, out / file)
         _set_dtype(out / "config.json")
-    shutil.rmtree(scratch / "raw", ignore_errors=True)
+    for folder in ("raw", "aside"):
+        shutil.rmtree(scratch / folder, ignore_errors=True)
     return out
 
 

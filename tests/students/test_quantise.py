@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -66,9 +67,11 @@ def made(checkpoint: Path, sums_dataset: Path, tmp_path_factory: pytest.TempPath
     from r1distill.data.config import load
 
     student = with_variants(load("students", "smollm2-135m", Student, {"name": "tiny"}))
-    out = tmp_path_factory.mktemp("variants")
+    out, here = tmp_path_factory.mktemp("variants"), tmp_path_factory.mktemp("here")
     (out / ".work").mkdir()
-    return SimpleNamespace(student=student, out=out, result=quantise.build(student, checkpoint, sums_dataset, out))
+    with contextlib.chdir(here):
+        result = quantise.build(student, checkpoint, sums_dataset, out)
+    return SimpleNamespace(student=student, out=out, here=here, result=result)
 
 
 def test_every_variant_is_sound_near_its_checkpoint_and_has_its_files(made, checkpoint: Path) -> None:
@@ -82,6 +85,7 @@ def test_every_variant_is_sound_near_its_checkpoint_and_has_its_files(made, chec
     assert "FROM ./tiny-Q8_0.gguf" in (made.out / "q8_0" / "Modelfile").read_text()
     eight, four = (made.result.metrics[name]["kl"] for name in ("q8_0", "gptq-4bit"))
     assert eight < four
+    assert not list(made.here.iterdir())  # nothing is left where the command was typed
 
 
 @pytest.mark.parametrize("name", ERROR)
