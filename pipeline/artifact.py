@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,8 @@ def find(path: Path, digest: str) -> Artifact | None:
         return None
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        found, files = manifest["fingerprint"], manifest["files"]
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        found, files = manifest["fingerprint"], dict(manifest["files"])
+    except (ValueError, KeyError, TypeError) as error:
         raise R1DistillError(f"{file} is damaged ({error!r}). Delete {path} and run again to rebuild it.") from None
     if found != digest:
         raise R1DistillError(f"{path} holds fingerprint {found}, expected {digest}. Move it away and run again.")
@@ -118,12 +118,18 @@ def alone(path: Path) -> Iterator[None]:
 def building(path: Path) -> Iterator[Path]:
     """Hold the lock of the artifact at ``path`` and give the folder to build it in, with what a killed run left there.
 
-    Raises what ``alone`` does.
+    Left without anything in it, the folder goes again. Raises what ``alone`` does.
     """
     with alone(path):
         partial = partial_of(path)
         (partial / WORK).mkdir(parents=True, exist_ok=True)
-        yield partial
+        (partial / MANIFEST).unlink(missing_ok=True)  # of a run that was killed before the last rename
+        try:
+            yield partial
+        finally:
+            for folder in (partial / WORK, partial):
+                with suppress(OSError):
+                    folder.rmdir()
 
 
 def seal(partial: Path, path: Path, manifest: dict[str, Any]) -> Artifact:

@@ -45,7 +45,7 @@ def test_a_sealed_artifact_is_found_and_holds_no_resume_files(tmp_path):
     assert sorted(p.name for p in path.iterdir()) == ["data.txt", MANIFEST]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest", "foreign"])
+@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest", "list", "files", "foreign"])
 def test_a_damaged_artifact_is_named_and_not_trusted(tmp_path, damage):
     path = tmp_path / "traces" / "embedded-ffffffff"
     make(path)
@@ -55,6 +55,8 @@ def test_a_damaged_artifact_is_named_and_not_trusted(tmp_path, damage):
         (path / "data.txt").unlink()
     elif damage == "manifest":
         (path / MANIFEST).write_text('{"fingerprint": "ff')
+    elif damage in ("list", "files"):
+        (path / MANIFEST).write_text(json.dumps([] if damage == "list" else {"fingerprint": "f" * 64, "files": None}))
     else:
         manifest = json.loads((path / MANIFEST).read_text())
         (path / MANIFEST).write_text(json.dumps({**manifest, "fingerprint": "ffffffff" + "0" * 56}))
@@ -70,6 +72,26 @@ def test_an_exception_leaves_the_partial_folder_for_the_next_attempt(tmp_path):
     assert not path.exists()
     with building(path) as partial:
         assert (partial / WORK / "seen.txt").read_text() == "1"
+
+
+def test_one_killed_between_its_manifest_and_the_rename_is_built_again(tmp_path, monkeypatch):
+    path = tmp_path / "traces" / "a"
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        make(path)
+    assert (tmp_path / "traces" / ".a.partial" / MANIFEST).is_file()
+    with building(path) as partial:
+        seal(partial, path, {"fingerprint": "f" * 64, "seconds": 12.5})
+    artifact = find(path, "f" * 64)
+    assert artifact and artifact.manifest["files"] == {"data.txt": 5}
+
+
+def test_one_that_another_run_has_sealed_meanwhile_leaves_nothing_half_built(tmp_path):
+    path = tmp_path / "traces" / "a"
+    make(path)
+    with building(path):
+        assert find(path, "f" * 64)
+    assert sorted(p.name for p in path.parent.iterdir() if p.is_dir()) == ["a"]
 
 
 def _hold(path: Path) -> None:
