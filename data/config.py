@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -28,7 +28,7 @@ Location = tuple[str | int, ...]
 class Settings(BaseModel):
     """Base of every settings model: unknown keys are errors, values don't change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def identity(self) -> dict[str, Any]:
         """The values that decide content, without those declared with ``execution`` (they only decide how)."""
@@ -37,6 +37,9 @@ class Settings(BaseModel):
             for name, field in type(self).model_fields.items()
             if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution"))
         }
+
+
+S = TypeVar("S", bound=Settings)
 
 
 def execution(default: Any = ..., **constraints: Any) -> Any:
@@ -66,13 +69,22 @@ def load(folder: str, name: str, model: Any, overrides: dict[str, Any] | None = 
     (from ``--set``). Raises RequestError for an unknown name, a misspelt key or a value of the wrong type.
     """
     path, values, lines = _read(folder, name)
-    for key, value in (overrides or {}).items():
-        _put(values, key.split("."), value)
     values.setdefault("name", path.stem)
+    return _made(model, values, overrides or {}, path, lines)
+
+
+def changed(settings: S, overrides: dict[str, Any]) -> S:
+    """The settings with ``overrides`` as ``load`` takes them. Raises as that does."""
+    return cast(S, _made(type(settings), settings.model_dump(), overrides, Path(type(settings).__name__.lower()), {}))
+
+
+def _made(model: Any, values: dict[str, Any], overrides: dict[str, Any], path: Path, lines: dict[Location, str]) -> Any:
+    for key, value in overrides.items():
+        _put(values, key.split("."), value)
     try:
         return TypeAdapter(model).validate_python(values)
     except ValidationError as error:
-        raise RequestError(_explain(error, model, path, lines, overrides or {})) from None
+        raise RequestError(_explain(error, model, path, lines, overrides)) from None
 
 
 def parse_overrides(pairs: Sequence[str], sections: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -116,7 +128,12 @@ def _read(folder: str, name: str, seen: tuple[Path, ...] = ()) -> tuple[Path, di
         raise RequestError(f"{path} can't be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise RequestError(f"{path} should hold a mapping of keys to values, found {type(values).__name__}.")
-    lines = {key: f"{path}:{line}" for key, line in _lines(node)}
+    lines: dict[Location, str] = {}
+    for key, line in _lines(node):
+        if key in lines:
+            name = ".".join(map(str, key))
+            raise RequestError(f"{path}:{line}: '{name}' stands there twice, first at {lines[key]}. Make one of them.")
+        lines[key] = f"{path}:{line}"
     if parent := values.pop("extends", None):
         if seen:
             raise RequestError(f"{seen[-1]}: it extends {path.name}, which extends another; one level is the limit.")
@@ -166,8 +183,10 @@ def _put_in_list(items: list[Any], keys: list[str], value: Any) -> None:
         raise RequestError(f"--set: the list has {len(items)} entries, there is no number {index}.")
     if len(keys) == 1:
         items[index] = value
-    else:
+    elif isinstance(items[index], dict):
         _put(items[index], keys[1:], value)
+    else:
+        raise RequestError(f"--set: number {index} of the list is {items[index]!r}, it has no '{'.'.join(keys[1:])}'.")
 
 
 def _explain(
@@ -194,7 +213,8 @@ def _explain(
             messages.append(f"{where}: unknown kind '{problem['ctx']['tag']}'.{nearest(problem['ctx']['tag'], kinds)}")
         else:
             found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-            messages.append(f"{where}: '{key}': {problem['msg']}{found}.")
+            which = f"'{key}': " if key else ""  # none where it is about several together
+            messages.append(f"{where}: {which}{problem['msg'].removeprefix('Value error, ')}{found}.")
     return "\n".join(dict.fromkeys(messages))
 
 

@@ -28,7 +28,13 @@ def commit(kind: Kind, repo: str, revision: str) -> str:
     if len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     api = HfApi()
     try:
@@ -48,6 +54,8 @@ def commit(kind: Kind, repo: str, revision: str) -> str:
         raise RequestError(
             f"there is no {kind} {repo} on the Hub, or it is private: check the name, or set HF_TOKEN."
         ) from None
+    except HFValidationError as error:
+        raise RequestError(f"'{repo}' is no name of a {kind} on the Hub, which is owner/name: {error}") from None
     except (HTTPError, OSError) as error:  # HTTPError: no connection, too; it is no OSError
         raise RequestError(
             f"the Hub can't be asked for the {kind} {repo} ({type(error).__name__}). Check the network; or pin the "

@@ -130,9 +130,7 @@ def materialise(ref: ModelRef, home: Path, *, files: list[str] | None = None) ->
             "the settings that it had."
         )
     if isinstance(ref, HubModel):
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(ref.repo, revision=exact, allow_patterns=files))
+        return _downloaded(ref, exact, files)
     key = hashlib.sha256(json.dumps([ref.identity(), exact], sort_keys=True).encode()).hexdigest()[:8]
     folder = home / "models" / f"{Path(ref.file).stem.lower()}{'-merged' if ref.adapter else ''}-{key}"
     if not folder.is_dir():
@@ -151,6 +149,21 @@ def materialise(ref: ModelRef, home: Path, *, files: list[str] | None = None) ->
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _downloaded(ref: HubModel, exact: str, files: list[str] | None) -> Path:
+    """The Hub's cache of a commit; files that are there whole are not fetched again."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return Path(snapshot_download(ref.repo, revision=exact, allow_patterns=files))
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: Xet's, and a client's that was closed
+        raise R1DistillError(
+            f"the download of {ref.repo} at {exact} broke off ({type(error).__name__}: {str(error)[:300]}). Check the "
+            "network and the free disk of the Hub's cache (HF_HOME), and run the same command again: it goes on from "
+            "the last whole file."
+        ) from error
 
 
 def _dequantise(ref: PackageModel, out: Path) -> None:

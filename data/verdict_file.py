@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from r1distill.data.settings import CheckName, VerdictSettings
 from r1distill.data.thinking import CLOSE, OPEN, split_thinking
 from r1distill.data.verdicts import judge
 from r1distill.data.verify import sandbox
-from r1distill.data.verify.verifiers import Item
+from r1distill.data.verify.verifiers import VERIFIERS, Item
 
 # What `r1distill verify` writes: one row for each row of its input.
 COLUMNS: tuple[CheckName, ...] = ("correctness", "format", "truncation", "repetition", "language", "agreement")
@@ -48,8 +48,10 @@ def verify(input: Path, out: Path, columns: dict[str, str], verifier: str, setti
     verifier, verifier_args: JSON or an object) to the file's; those that are not mapped are looked for under our name.
     A row that can't be read is unverifiable. Returns {"rows", "outcomes", "checks": {check: {outcome: rows}},
     "reasons": {reason: rows}}. Raises RequestError where the file as a whole, a column that was asked for, or the
-    sandbox that ``verifier`` needs, is not there.
+    ``verifier`` or the sandbox that it needs, is not there.
     """
+    if verifier not in VERIFIERS:
+        raise RequestError(f"--verifier {verifier}: there is none of this name.{nearest(verifier, list(VERIFIERS))}")
     if verifier == "code":
         sandbox.require()
     rows = _known_columns(input, columns)
@@ -162,4 +164,5 @@ def _writing(out: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     except OSError as error:
         raise R1DistillError(f"{final} can't be written: {error}.") from error
     finally:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)

@@ -23,8 +23,9 @@ from r1distill.pipeline.artifact import Artifact, building, find, fingerprint, p
 from r1distill.pipeline.evaluation import Contender, context_tokens, folder_spec
 from r1distill.pipeline.run import Run
 from r1distill.pipeline.runner import manifest_of
+from r1distill.pipeline.stageplan import student_options
 from r1distill.teacher.serve import LlamaSpec
-from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, Sampling
+from r1distill.teacher.settings import EndpointTeacher, RecordedTeacher, Sampling, plain_url
 
 VERSION = 1
 
@@ -72,13 +73,17 @@ def evaluate(run: Run, wanted: Wanted, benchmarks: Sequence[Benchmark], checkpoi
 
 
 def _contender(run: Run, wanted: Wanted, benchmarks: Sequence[Benchmark], checkpoint: bool) -> Contender:
-    model = wanted.model
+    model, options = wanted.model, run.student.serve_options
     if wanted.endpoint is not None:
+        try:
+            address = plain_url(wanted.endpoint)
+        except ValueError as error:
+            raise RequestError(f"--endpoint {wanted.endpoint}: {error}.") from None
         server = EndpointTeacher(
             kind="endpoint",
             name="model",
             prompts="",
-            base_url=wanted.endpoint,
+            base_url=address,
             model=model,
             key_variable=wanted.key_variable,
             sampling=Sampling(max_tokens=1),  # each benchmark has its own
@@ -99,6 +104,7 @@ def _contender(run: Run, wanted: Wanted, benchmarks: Sequence[Benchmark], checkp
         name, folder, revision = "model", file.resolve(), models.revision(FolderModel(kind="folder", path=model))
         if checkpoint:
             name, revision = "student", folder.name
+            options = student_options(run.student, run.hardware, context_tokens(benchmarks))
     elif model.count("/") == 1 and not model.startswith((".", "/")):
         repo, _, branch = model.partition("@")
         ref = HubModel(kind="hub", repo=repo, revision=branch or "main")
@@ -109,6 +115,6 @@ def _contender(run: Run, wanted: Wanted, benchmarks: Sequence[Benchmark], checkp
             f"--model {model} is no folder, no .gguf file, no file of answers (.jsonl, .parquet), and no repository of "
             "the Hub (owner/name). A server's model needs --endpoint with its address, say http://127.0.0.1:8000/v1."
         )
-    spec, opens = folder_spec(folder, name, benchmarks, run.student.serve_options, run.home)
+    spec, opens = folder_spec(folder, name, benchmarks, options, run.home)
     size: dict[str, Any] = {"size_bytes": sum(each.stat().st_size for each in folder.iterdir() if each.is_file())}
     return Contender(name, spec, revision, opens_thinking=opens, **size)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1distill.data import hub, models, sources
-from r1distill.data.config import load, nearest, parse_overrides
+from r1distill.data.config import changed, load, parse_overrides
 from r1distill.data.errors import RequestError
 from r1distill.data.models import CheckpointModel
 from r1distill.data.settings import Benchmark, PromptSet
@@ -69,7 +69,7 @@ class Run:
         the_prompts = load("prompts", prompts or the_teacher.prompts, PromptSet, values["prompts"])
         the_hardware = named(hardware, home_folder())
         if values["hardware"]:
-            the_hardware = _with(the_hardware, values["hardware"])
+            the_hardware = changed(the_hardware, values["hardware"])
         run = cls(
             student=the_student,
             teacher=the_teacher,
@@ -306,11 +306,3 @@ def _check_family(first: Student, second: Student) -> None:
         f"'{first.name}' can't teach '{second.name}' its probabilities: {why}. Name a student of the same family as "
         "VIA, or leave VIA out and learn from the text."
     )
-
-
-def _with(hardware: Hardware, changes: dict[str, Any]) -> Hardware:
-    if unknown := [key for key in changes if key not in Hardware.model_fields]:
-        raise RequestError(
-            f"--set hardware.{unknown[0]}: unknown key.{nearest(unknown[0], list(Hardware.model_fields))}"
-        )
-    return Hardware.model_validate({**hardware.model_dump(), **changes})

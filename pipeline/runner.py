@@ -197,7 +197,9 @@ def artifacts(home: Path) -> list[tuple[str, str, dict[str, Any] | None]]:
                 found.append((stage.name, path.name.removeprefix(".").removesuffix(".partial"), None))
             elif (path / "manifest.json").is_file():
                 try:
-                    found.append((stage.name, path.name, json.loads((path / "manifest.json").read_text("utf-8"))))
+                    manifest = json.loads((path / "manifest.json").read_text("utf-8"))
                 except ValueError:
-                    found.append((stage.name, path.name, {"state": "damaged"}))
+                    manifest = None
+                whole = isinstance(manifest, dict)
+                found.append((stage.name, path.name, manifest if whole else {"state": "damaged"}))
     return found

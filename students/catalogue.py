@@ -29,18 +29,18 @@ class Architecture(Settings):
     """The student's shape as it is published; ``parameters`` is the published count."""
 
     model_type: Literal["qwen2", "llama"]
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    vocab: int
+    layers: int = Field(gt=0)
+    hidden: int = Field(gt=0)
+    ffn: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    vocab: int = Field(gt=0)
     tied: bool  # input and output embedding are one matrix
-    rope_theta: float
+    rope_theta: float = Field(gt=0)
     rope_scaling: Llama3Scaling | None = None
-    max_position: int
+    max_position: int = Field(gt=0)
     rms_eps: float
-    parameters: int
+    parameters: int = Field(gt=0)
 
     def training_flops(self, tokens: float, squares: float, *, frozen: bool) -> float:
         """Floating-point operations of training on ``tokens`` whose traces' squared lengths sum to ``squares``.
@@ -134,7 +134,7 @@ class Sft(Settings):
     method: Method = FullMethod(kind="full")
     learning_rate: float = Field(gt=0)
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    epochs: float = Field(gt=0)
+    epochs: float = Field(gt=0, le=1000)
     batch_traces: int = Field(gt=0)  # traces a step on average; the packs a step follow from how the packs were filled
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)

@@ -93,7 +93,7 @@ def fetch(student: Student, home: Path) -> Path:
     """A folder with the base's tokenizer and settings, without its weights where it comes from the Hub."""
     try:
         return models.materialise(student.base, home, files=FILES)
-    except (RequestError, OSError, ValueError) as error:  # the Hub's own are OSError and ValueError
+    except (R1DistillError, OSError, ValueError) as error:
         raise RequestError(
             f"{error}\nWithout the Hub, pass a folder with the base's tokenizer.json: --tokenizer DIR"
         ) from None

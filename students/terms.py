@@ -68,14 +68,10 @@ def _of_base(student: Student, home: Path, name: str) -> dict[str, str]:
 def _texts(student: Student, home: Path) -> Iterator[Path]:
     if isinstance(student.base, models.PackageModel):
         return
-    from huggingface_hub.errors import HTTPError
-
     try:
         folder = models.materialise(student.base, home, files=PATTERNS)
-    except (HTTPError, OSError) as error:
-        raise R1DistillError(
-            f"the licence of {models.title(student.base)} can't be read from its repository ({type(error).__name__}). "
-            "Check the network and HF_TOKEN; nothing is published without it."
-        ) from None
+    except R1DistillError as error:
+        title = models.title(student.base)
+        raise R1DistillError(f"nothing is published without the licence of {title}: {error}") from None
     for pattern in PATTERNS:
         yield from sorted(file for file in folder.glob(pattern) if file.is_file())

@@ -410,12 +410,13 @@ def _port(host: str, wanted: int | None) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, wanted or 0))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else "ports go from 1 to 65535"
             if wanted is None:
                 raise RequestError(
-                    f"nothing can listen on '{host}': {error.strerror}. It takes an address of this machine."
+                    f"nothing can listen on '{host}': {why}. It takes an address of this machine."
                 ) from None
             raise RequestError(
-                f"port {wanted} can't be used on {host}: {error.strerror}. Choose another, or none to take a free one."
+                f"port {wanted} can't be used on {host}: {why}. Choose another, or none to take a free one."
             ) from None
         return int(probe.getsockname()[1])

@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field
 
 from r1distill.data import config
-from r1distill.data.config import Settings, execution, load, parse_overrides
+from r1distill.data.config import Settings, changed, execution, load, parse_overrides
 from r1distill.data.errors import RequestError
 
 
@@ -78,6 +78,11 @@ def test_overrides_reach_into_nested_settings(write):
         ("sft:\n  epochs: 3\n", r"bad\.yaml:1: 'sft\.method' is required"),
         ("sft:\n  method: {kind: fool}\n", r"bad\.yaml:2: unknown kind 'fool'\. Did you mean 'full'"),
         ("sft:\n  method: {kind: full}\nitems:\n- {kind: lora, rnk: 3}\n", r"bad\.yaml:4: .*Did you mean 'rank'"),
+        (
+            "sft:\n  method: {kind: full}\nsft:\n  epochs: 5\n",
+            r"bad\.yaml:3: 'sft' stands there twice, first at .*:1\.",
+        ),
+        ("sft:\n  method: {kind: full, kind: lora}\n", r"bad\.yaml:2: 'sft\.method\.kind' stands there twice"),
         ("sft: [unclosed\n", r"bad\.yaml can't be read as YAML"),
         ("- a\n- b\n", r"should hold a mapping"),
     ],
@@ -125,3 +130,23 @@ def test_a_misspelt_override_is_answered_as_such(write):
     write("good", GOOD)
     with pytest.raises(RequestError, match=r"--set sft\.epoch.*Did you mean 'epochs'"):
         load("students", "good", Thing, {"sft.epoch": 1})
+
+
+def test_an_override_into_what_is_no_mapping_is_refused(write):
+    class Listing(Settings):
+        name: str = execution()
+        words: list[str]
+
+    write("good", "words: [one, two]\n")
+    assert load("students", "good", Listing, {"words.1": "three"}).words == ["one", "three"]
+    with pytest.raises(RequestError, match="number 0 of the list is 'one', it has no 'more'"):
+        load("students", "good", Listing, {"words.0.more": 1})
+
+
+def test_changes_of_settings_that_are_loaded_are_checked_alike():
+    full = Full(kind="full")
+    assert changed(Sft(method=full), {"epochs": 5}) == Sft(method=full, epochs=5)
+    with pytest.raises(RequestError, match=r"--set epoch: unknown key 'epoch'\. Did you mean 'epochs'"):
+        changed(Sft(method=full), {"epoch": 5})
+    with pytest.raises(RequestError, match=r"--set epochs: 'epochs': .*found 'many'"):
+        changed(Sft(method=full), {"epochs": "many"})

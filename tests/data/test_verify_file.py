@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from r1distill.data import schema, verdict_file
-from r1distill.data.errors import RequestError
+from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.settings import VerdictSettings
 from r1distill.data.verdict_file import verify
 
@@ -153,3 +153,15 @@ def test_a_row_may_name_its_verifier(tmp_path):
     rows = [row(verifier="math"), row(verifier="astrology"), row(verifier=None)]
     _, found = verified(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out")
     assert [one["correctness"] for one in found] == ["pass", "unverifiable", "pass"]
+
+
+def test_a_verifier_that_there_is_not_is_answered_with_the_nearest(tmp_path):
+    with pytest.raises(RequestError, match="--verifier mth.*Did you mean 'math'"):
+        verify(write_lines(tmp_path / "in.jsonl", [row()]), tmp_path / "out", COLUMNS, "mth", VerdictSettings())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_where_the_folder_should_be_is_one_clear_error(tmp_path):
+    file = write_lines(tmp_path / "in.jsonl", [row()])
+    with pytest.raises(R1DistillError, match="verdicts.parquet can't be written"):
+        verify(file, file, COLUMNS, "math", VerdictSettings())

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,9 +18,10 @@ from r1distill.data.config import ROOT, load
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.settings import Benchmark
 from r1distill.data.sources import FileSource
-from r1distill.pipeline import evaluation
+from r1distill.pipeline import checkup, evaluation, stageplan
 from r1distill.pipeline.evaluation import Contender
 from r1distill.pipeline.metrics import summary
+from r1distill.pipeline.run import Run
 from r1distill.students.template import TEMPLATES
 from r1distill.teacher.settings import Client, EndpointTeacher, RecordedTeacher, Sampling
 
@@ -235,6 +237,23 @@ def test_a_model_that_is_none_is_told_what_one_is(tmp_path):
     process = start(tmp_path)
     output, errors = process.communicate()
     assert process.returncode == 2 and "make distill" in errors, output + errors
+
+
+@pytest.mark.parametrize("address", ["localhost:8000", "http://127.0.0.1:8000/v1?key=x"])
+def test_an_address_that_is_none_is_told(tmp_path, address):
+    run, bench = Run.load("smollm2-135m"), [benchmark(tmp_path, QUESTIONS)]
+    with pytest.raises(RequestError, match=r"--endpoint .*: a base_url"):
+        checkup.evaluate(run, checkup.Wanted("m", address), bench)
+
+
+def test_the_chains_own_checkpoint_is_served_in_the_layout_of_the_scores_stage(tmp_path):
+    """70 billion parameters don't fit one GPU; of another folder nothing is known."""
+    run = replace(Run.load("llama-70b", hardware="8xh100"), home=tmp_path)
+    bench, wanted = [benchmark(tmp_path, QUESTIONS)], checkup.Wanted(str(tmp_path))
+    own, other = (checkup._contender(run, wanted, bench, checkpoint).spec.options for checkpoint in (True, False))
+    expected = stageplan.student_options(run.student, run.hardware, evaluation.context_tokens(bench))
+    assert expected["tensor-parallel-size"] > 1 and expected.items() <= own.items()
+    assert "tensor-parallel-size" not in other
 
 
 # Templates: the answer is made to begin in the thinking.

@@ -97,6 +97,9 @@ def test_execution_settings_stay_out_of_the_identity() -> None:
         ({"sft.method": {"kind": "lora", "rank": 8, "alpha": 16, "rnak": 1}}, "unknown key 'sft.method.lora.rnak'"),
         ({"variants.gptq-4bit.group_size": 128}, "must divide 576"),
         ({"packs.context_tokens": 100_000}, "max_position"),
+        ({"sft.epochs": float("inf")}, "finite number"),
+        ({"sft.epochs": 1e308}, "less than or equal to 1000"),
+        ({"architecture.heads": 0}, "greater than 0"),
     ],
 )
 def test_wrong_values_are_refused_by_name(change: dict, message: str) -> None:

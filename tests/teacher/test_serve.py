@@ -237,6 +237,11 @@ def test_a_port_in_use_is_told_before_anything_starts(gguf, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_port_that_is_none_is_told(tmp_path):
+    with pytest.raises(RequestError, match="port 99999 can't be used on 127.0.0.1: ports go from 1 to 65535"):
+        Server(VllmSpec("m", "n", port=99999), tmp_path)
+
+
 @pytest.mark.parametrize(("host", "found_at"), [("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("127.0.0.2", "127.0.0.2")])
 def test_a_server_listens_where_it_is_told(tmp_path, host, found_at):
     server = Server(VllmSpec("m", "n", host=host), tmp_path)
