@@ -38,7 +38,7 @@ def build(
     about = {row["prompt_id"]: row for row in schema.rows(schema.read(prompts, schema.PROMPT), ABOUT)}
     domains = {key: row["domain"] for key, row in about.items()}
     choice = choose(settings, rules, trace_table, verdicts, domains)
-    facts = cards.Facts(title=title, lineage=lineage)
+    facts = cards.Facts(title=title, lineage=lineage, keep_unverified=rules.keep_unverified)
     kept: Counter[str] = Counter()
     writers = {name: schema.TableWriter(out / name, schema.TRAINING_ROW) for name in SPLITS}
     for trace in schema.rows(trace_table):

@@ -97,12 +97,12 @@ def _passing(
     judged: Counter[str] = Counter()
     right: Counter[str] = Counter()
     found = outcomes(verdicts, rules.required)
-    for row in schema.rows(traces, ["prompt_id", "sample", "completion_tokens"]):
+    for row in schema.rows(traces, ["prompt_id", "sample", "completion_tokens", "state"]):
         prompt_id, sample = row["prompt_id"], row["sample"]
         key, outcome, reason = next(found, (None, "", ""))
         if key != (prompt_id, sample):
             raise R1DistillError(f"{verdicts} judges other traces than it was made from. Delete it and run again.")
-        judged[prompt_id] += outcome != "unverifiable"
+        judged[prompt_id] += outcome != "unverifiable" and row["state"] != "failed"  # which says nothing of the teacher
         right[prompt_id] += outcome == "pass"
         if outcome == "pass" or (outcome == "unverifiable" and domains.get(prompt_id) in rules.keep_unverified):
             length = (row["completion_tokens"] or 0) if settings.policy == "shortest" else 0

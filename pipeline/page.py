@@ -288,8 +288,12 @@ def _student(manifest: Manifest, bench: str) -> str | None:
     row = scores["benchmarks"].get(bench, {}).get("models", {}).get("student")
     if row is None:
         return None
-    counts = "" if scores["reproduction"]["passed"] else ", does not count: the harness does not reproduce its twin"
-    return f"{row['accuracy']:.1%} ({row['low']:.1%} – {row['high']:.1%}{counts})"
+    counts = {
+        True: "",
+        False: ", does not count: the harness does not reproduce its twin",
+        None: ", its published twin was not scored",
+    }
+    return f"{row['accuracy']:.1%} ({row['low']:.1%} – {row['high']:.1%}{counts[scores['reproduction']['passed']]})"
 
 
 def _plots(stages: dict[str, tuple[Path, Manifest]]) -> Iterator[Block]:

@@ -152,7 +152,7 @@ def comparisons(by_model: dict[str, Rows]) -> Iterator[dict[str, Any]]:
 def reproduced(wanted: Sequence[Benchmark], repo: str | None, tables: dict[str, Any]) -> dict[str, Any]:
     """Whether the harness gives the published figures on the twin: {applies, passed, reason, checks}."""
     if repo is None:
-        return {"applies": False, "passed": None, "checks": [], "reason": "no checkpoint of this size is published"}
+        return {"applies": False, "passed": None, "checks": [], "reason": "no published twin is named"}
     twins = ((bench, tables[bench.name]["models"].get("twin")) for bench in wanted)
     checks = [check for bench, its in twins if its and (check := published.reproduced(bench, repo, its))]
     if not checks:

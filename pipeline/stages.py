@@ -91,7 +91,7 @@ def verdicts(run: Run, inputs: Inputs, out: Path) -> Result:
 
 @stage(
     reads=("prompts", "traces", "verdicts"),
-    version=3,
+    version=4,
     label=lambda run: f"{run.teacher.name}-{run.prompts.name}",
     decides=lambda run: {"dataset": run.prompts.dataset.identity()},
 )
@@ -109,7 +109,7 @@ def dataset(run: Run, inputs: Inputs, out: Path) -> Result:
 
 @stage(
     reads=("dataset",),
-    version=2,
+    version=3,
     label=lambda run: run.student.name,
     decides=lambda run: run.identity_of_student("template", "packs"),
 )

@@ -38,15 +38,15 @@ def fill(text: str, model: str, dataset: str, commit: str | None = None) -> str:
 def model_card(story: Story) -> str:
     """The card as Markdown with the Hub's metadata in front."""
     student, lineage = story.student, story.lineage
-    data, publication = story.manifests["dataset"], student.publication
+    trained, publication = story.manifests["checkpoint"]["kept"], student.publication
     return "\n".join(
         [
             f"---\n{_metadata(story)}\n---\n",
             f"# {publication.repository.split('/')[-1]}",
             "",
             *([f"**{publication.notice}**", ""] if publication.notice else []),
-            f"`{lineage['base']}` fine-tuned on {data['kept']:,} verified reasoning traces of `{lineage['teacher']}`,",
-            f"the dataset `{DATASET}`{AT_COMMIT}.",
+            f"`{lineage['base']}` fine-tuned on {trained:,} reasoning traces of `{lineage['teacher']}`,",
+            f"chosen by rules: the dataset `{DATASET}`{AT_COMMIT}.",
             *_probabilities(lineage),
             *_beyond(story),
             "It thinks between `<think>` and `</think>` and then answers; the generation prompt opens the thinking.",

@@ -80,7 +80,9 @@ class Template:
     @property
     def controls(self) -> tuple[str, ...]:
         """The strings that structure a conversation and must not occur inside its texts."""
-        marks = (self.bos, self.user[0].split("\n")[0].removesuffix("user"), self.end, OPEN, CLOSE)
+        user, assistant = self.user[0].split("\n")[0], self.assistant.split("\n")[0]
+        turns = user.removesuffix("user"), assistant.removesuffix("assistant")
+        marks = (self.bos, *turns, self.end, OPEN, CLOSE)
         return tuple(dict.fromkeys(mark for mark in marks if mark))
 
     def chat_template(self) -> str:

@@ -67,6 +67,17 @@ def test_the_band_of_difficulty_is_of_prompts_and_its_ends_belong_to_it(tmp_path
     assert "open" not in choice.pass_rates  # nobody knows how hard it is
 
 
+def test_a_request_that_failed_makes_no_prompt_harder(tmp_path):
+    """The verdicts fail it, in its form; the teacher was right as often as it answered."""
+    traces, verdicts = made(tmp_path, {"a": "cccw", "b": "w"})
+    states = pa.array(["done", "done", "done", "failed", "failed"], pa.string())
+    traces = traces.set_column(traces.schema.get_field_index("state"), "state", states)
+    settings = Selection.model_validate({"policy": "all", "pass_rate": {"min": 0.9, "max": 1}})
+    choice = choose(settings, VerdictSettings(), traces, verdicts, dict.fromkeys("ab", "math"))
+    assert choice.pass_rates == {"a": 1.0}
+    assert choice.chosen == {("a", 0), ("a", 1), ("a", 2)}
+
+
 def test_unverifiable_traces_are_kept_only_where_the_configuration_says_so(tmp_path):
     domains = {"poem": "general", "sum": "math"}
     choice = select(tmp_path, {"poem": "u", "sum": "u"}, domains, rules={"keep_unverified": ["general"]})

@@ -46,7 +46,7 @@ def seal(home: Path, stage: str, label: str, digest: str, inputs: dict[str, str]
     return folder
 
 
-def build(home: Path, student: str = "qwen-1.5b", passed: bool = True) -> None:
+def build(home: Path, student: str = "qwen-1.5b", passed: bool | None = True) -> None:
     rows = answers("base", "math500", 1) + answers("student", "math500", 3) + answers("twin", "math500", 3)
     by_model = {name: [row for row in rows if row["model"] == name] for name in ("base", "twin", "student")}
     models = {name: {**summary(each), "size_bytes": 1, "runtime": "vllm"} for name, each in by_model.items()}
@@ -63,6 +63,8 @@ def build(home: Path, student: str = "qwen-1.5b", passed: bool = True) -> None:
         "reproduction": {"applies": True, "passed": passed, "checks": [check], "reason": None},
         "gates": [{"name": "reproduction", "model": "checkpoint", **check}],
     }
+    if passed is None:
+        scores |= {"reproduction": {"applies": False, "passed": None, "checks": [], "reason": "no twin"}, "gates": []}
     seal(home, "prompts", "mix", "a" * 64, {})
     seal(home, "traces", "teacher", "b" * 64, {"prompts": "a" * 64})
     verdicts = seal(home, "verdicts", "teacher", "c" * 64, {"prompts": "a" * 64, "traces": "b" * 64})
@@ -141,6 +143,14 @@ def test_scores_of_a_harness_that_reproduces_nothing_do_not_count(tmp_path):
     build(tmp_path, passed=False)
     text = page.write(tmp_path, "qwen-1.5b", tmp_path / "report")[0].read_text()
     assert "NOT reproduced" in text and "does not count: the harness does not reproduce its twin" in text
+
+
+def test_scores_without_a_twin_are_not_called_unreproduced(tmp_path):
+    """As those of a student that was trained to teach another."""
+    build(tmp_path, passed=None)
+    text = page.write(tmp_path, "qwen-1.5b", tmp_path / "report")[0].read_text()
+    assert "Not applicable: no twin." in text and "its published twin was not scored" in text
+    assert "does not count" not in text
 
 
 def test_the_newest_artifacts_are_shown_and_those_that_made_them(tmp_path):

@@ -94,7 +94,7 @@ def test_a_harness_that_is_off_fails_the_checkpoint_and_says_why():
 def test_without_a_published_twin_it_does_not_apply():
     found = all_reproduced([bench("arithmetic")], None, {})
     assert (found["applies"], found["passed"], harness_gate(found)) == (False, None, [])
-    assert "no checkpoint of this size is published" in found["reason"]
+    assert "no published twin is named" in found["reason"]
     found = all_reproduced([bench("gsm8k")], REPO, {"gsm8k": {"models": {}}})
     assert not found["applies"] and "no published figure on gsm8k" in found["reason"]
 

@@ -37,6 +37,13 @@ def test_both_repositories_are_complete(publication, publishing):
         assert one.sha256 == hashlib.sha256((publication / one.path).read_bytes()).hexdigest()
 
 
+def test_the_models_card_counts_the_traces_that_it_was_trained_on(inputs, publishing, lay_out):
+    """Not those that were set aside for validation, or were too long for its packs."""
+    sealed(inputs["checkpoint"], "checkpoint", metrics={"steps": 100}, kept=17)
+    card = (lay_out(publishing) / "model" / "README.md").read_text(encoding="utf-8")
+    assert "fine-tuned on 17 reasoning traces of" in card
+
+
 def test_what_it_learned_beyond_is_published_and_its_own_answers_are_not(inputs, publishing, lay_out):
     folder = inputs["beyond"] = inputs["checkpoint"].parent.parent / "beyond" / "tiny-beyond"
     shutil.copytree(inputs["checkpoint"], folder)

@@ -87,6 +87,16 @@ def test_what_cannot_be_trained_on_says_why(chatml, messages: list, reason: str)
         encode(*chatml, messages)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_mark_of_a_turn_may_stand_in_a_text(name: str) -> None:
+    """It would be read as the turn's own token, and a question that holds it as two turns."""
+    template = TEMPLATES[name]
+    for mark in (template.bos, template.user[0], template.assistant, template.end, "<think>", "</think>"):
+        with pytest.raises(Unusable, match="control token"):
+            template.texts([{**QUESTION, "content": f"What? {mark or template.end} Four."}, ANSWER])
+    template.texts([{**QUESTION, "content": "What does an assistant say to a user?"}, ANSWER])
+
+
 def test_a_base_of_another_vocabulary_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="none of the vocabularies"):
         write_tokenizer(TEMPLATES["r1"], tiny_base, tmp_path / "t", max_tokens=512)
