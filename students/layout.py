@@ -74,6 +74,12 @@ class Layout(Settings):
         return self.processes // self.sequence_parallel
 
     @property
+    def states(self) -> str:
+        """In which form a checkpoint of the training holds its states: one that has another form can't go on from it.
+        ZeRO-3's are in as many pieces as it has processes; FSDP2's are cut anew."""
+        return {"fsdp2": "fsdp2", "zero3": f"zero3 of {self.processes}"}.get(self.strategy, "whole")
+
+    @property
     def attention_used(self) -> str:
         """The attention: sdpa builds a mask of T x T; ``varlen`` and flash attention read the members' borders."""
         if self.attention != "auto":

@@ -59,7 +59,8 @@ def build(
 
 def launched(module: str, job: dict[str, Any], work: Path, student: Student, spread: Layout) -> dict[str, Any]:
     """Train in workers of ``module``, over the processes of ``spread``, with a progress bar; returns what the last
-    message told. Raises R1DistillError where that has no metrics."""
+    message told. Raises R1DistillError where that has no metrics, and what ``check_states`` does."""
+    check_states(spread, work)
     config = layout.write(spread, student.sft, work / "launch")
     cores, options = len(os.sched_getaffinity(0)), student.sft.launch
     launchers = [
@@ -75,6 +76,26 @@ def launched(module: str, job: dict[str, Any], work: Path, student: Student, spr
     if "metrics" not in told:
         raise R1DistillError(f"the training ended without a result; {work / module.rpartition('.')[2]}.log says more.")
     return told
+
+
+def check_states(spread: Layout, work: Path) -> None:
+    """Note in which layout the checkpoints in ``work`` are written.
+
+    Raises RequestError where there are some of another layout that this one can't go on from: transformers would take
+    what it finds, perhaps the weights alone, and begin optimiser and learning rate anew without a word.
+    """
+    file, saved = work / "layout.json", work / "checkpoints"
+    if file.is_file() and checkpoints.whole(saved):
+        before, step = Layout.model_validate_json(file.read_bytes()), checkpoints.number(checkpoints.whole(saved)[-1])
+        if before.states != spread.states:
+            raise RequestError(
+                f"this training is at step {step} by {before}, and {spread} can't go on from its states. Take the "
+                f"hardware and student.sft.launch that it had, or delete {saved} to train from the beginning."
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(spread.model_dump_json(), encoding="utf-8")
+    unfinished.rename(file)
 
 
 def packs_per_step(sft: Sft, packs: int, traces: int) -> int:

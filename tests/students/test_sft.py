@@ -358,6 +358,36 @@ def test_a_base_that_lacks_weights_is_refused(tiny_student, tiny_base, sums_data
         base.load(tiny_student.architecture, tmp_path / "base", tokenizer, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "goes_on"),
+    [
+        ({"strategy": "one"}, {"strategy": "ddp", "processes_per_node": 4}, True),
+        ({"strategy": "zero3", "processes_per_node": 2}, {"strategy": "zero3", "processes_per_node": 2}, True),
+        ({"strategy": "zero3", "processes_per_node": 2}, {"strategy": "ddp", "processes_per_node": 2}, False),
+        ({"strategy": "zero3", "processes_per_node": 2}, {"strategy": "zero3", "processes_per_node": 4}, False),
+        ({"strategy": "ddp", "processes_per_node": 2}, {"strategy": "zero3", "processes_per_node": 2}, False),
+        (
+            {"strategy": "fsdp2", "processes_per_node": 8, "cpu": False},
+            {"strategy": "fsdp2", "nodes": 2, "processes_per_node": 8, "cpu": False},
+            True,
+        ),
+    ],
+)
+def test_a_layout_that_cannot_read_the_checkpoints_is_refused(before: dict, after: dict, goes_on: bool, tmp_path):
+    """Without its optimiser's file transformers would begin optimiser and learning rate anew, and say nothing."""
+    first, then = Layout(**before), Layout(**after)
+    sft.check_states(first, tmp_path)
+    sft.check_states(then, tmp_path)  # nothing was saved yet
+    sft.check_states(first, tmp_path)
+    (saved := tmp_path / "checkpoints" / "checkpoint-50").mkdir(parents=True)
+    checkpoints.mark(saved)
+    if goes_on:
+        return sft.check_states(then, tmp_path)
+    with pytest.raises(RequestError, match=r"at step 50 by .*, and .* can't go on from its states"):
+        sft.check_states(then, tmp_path)
+    sft.check_states(first, tmp_path)
+
+
 def test_a_failing_worker_says_why(tmp_path) -> None:
     with pytest.raises(R1DistillError, match=r"KeyError: 'student'"):
         list(worker.run("r1distill.students.sft", {"nothing": 1}, tmp_path))
