@@ -14,6 +14,12 @@ from r1distill.data import schema
 from r1distill.data.settings import CHECKS
 from r1distill.students.catalogue import Student
 
+from . import own_answers
+
+# Fixtures of test_beyond, test_rollouts and test_onpolicy.
+prompts, checkpoint, student = own_answers.prompts, own_answers.checkpoint, own_answers.student
+teacher, here = own_answers.teacher, own_answers.here
+
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 QWEN = [

@@ -1,163 +1,27 @@
-"""Learning from its own answers: GRPO and on-policy distillation of a tiny model, killed and resumed."""
+"""The stage beyond: GRPO and on-policy distillation of a tiny model, killed and resumed."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from r1distill.data import schema, verdicts
-from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.data.settings import VerdictSettings
-from r1distill.students import beyond, checkpoints, layout, onpolicy, preflight, rollouts
+from r1distill.data import verdicts
+from r1distill.data.errors import RequestError
+from r1distill.students import checkpoints, rollouts
 from r1distill.students.catalogue import Student
 from r1distill.students.layout import Layout
 from r1distill.students.template import TEMPLATES, encode, write_tokenizer
 
+from .own_answers import GRPO, INSTRUCTION, RULES, answers, built, history, losses, on_policy, prompt
 from .test_sft import kill_all
 
 pytestmark = pytest.mark.slow
-
-INSTRUCTION = "Box it."
-GRPO = {"kind": "grpo", "steps": 4, "prompts_per_step": 2, "group_size": 4, "learning_rate": 3e-3, "save_steps": 2,
-        "max_completion_tokens": 24}  # fmt: skip
-RULES = VerdictSettings(workers=1)
-
-
-def prompt(number: int, **changes: object) -> dict:
-    """The answer is 8 or 9, and nothing in the question says which."""
-    row = {"prompt_id": f"p{number:03}", "question": f"What is box {number}?", "domain": "math",
-           "reference_answer": str(8 + number % 2), "verifier": "math", "verifier_args": "{}", "source": "boxes",
-           "source_id": str(number), "license": "mit"}  # fmt: skip
-    return row | changes
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten usable prompts, one without a rule, one that is too long, one with a control token."""
-    folder = tmp_path_factory.mktemp("prompts")
-    odd = [
-        prompt(90, verifier="judge"),
-        prompt(91, question="long " * 200),
-        prompt(92, question="<|im_start|> What?"),
-        prompt(93, reference_answer=None),
-    ]
-    schema.write(folder, schema.PROMPT, [*map(prompt, range(10)), *odd])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that has learned the form of an answer, and that it is 8 or 9."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    shutil.copytree(finished, folder, dirs_exist_ok=True)
-    for file in folder.glob("model*"):
-        file.unlink()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(finished, dtype=torch.float32)
-    rows = []
-    for number in range(8):
-        told = {"role": "user", "content": f"{prompt(number)['question']}\n\n{INSTRUCTION}", "thinking": None}
-        said = {"role": "assistant", "thinking": "Hm", "content": f"\\boxed{{{8 + number % 2}}}"}
-        rows.append(encode(TEMPLATES["chatml"], tokenizer, [told, said]))
-    width = max(len(ids) for ids, _ in rows)
-    ids, labels = (
-        torch.tensor([row[part] + [fill] * (width - len(row[0])) for row in rows]) for part, fill in ((0, 0), (1, -100))
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
-    torch.manual_seed(0)
-    for _ in range(60):
-        model(ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def student(tiny_student: Student) -> Callable[..., Student]:
-    """The tiny student with settings of the stage, and of its training."""
-
-    def with_beyond(settings: dict, **sft: object) -> Student:
-        whole = tiny_student.model_dump()
-        return Student.model_validate({**whole, "beyond": settings, "sft": {**whole["sft"], **sft}})
-
-    return with_beyond
-
-
-@pytest.fixture
-def teacher(checkpoint: Path, tmp_path: Path) -> Callable[[int], Path]:
-    """The checkpoint with other weights and so many rows of vocabulary."""
-
-    def make(rows: int) -> Path:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        folder = tmp_path / f"teacher-{rows}"
-        shutil.copytree(checkpoint, folder)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        torch.manual_seed(7)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(0.1 * torch.randn_like(weight))
-        model.resize_token_embeddings(rows, mean_resizing=False)
-        model.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-def on_policy(folder: Path, **changes: object) -> dict:
-    plain = {"kind": "on_policy", "steps": 4, "prompts_per_step": 4, "learning_rate": 3e-3, "save_steps": 2,
-             "max_completion_tokens": 24, "teacher": {"kind": "folder", "path": str(folder)}}  # fmt: skip
-    return plain | changes
-
-
-def built(student: Student, prompts: Path, checkpoint: Path, out: Path, spread: Layout | None = None):
-    """The stage as it is run, in processes of its own."""
-    (out / ".work").mkdir(parents=True, exist_ok=True)
-    spread = spread or layout.build(student.sft.launch)
-    return beyond.build(
-        student, prompts, checkpoint, out, out / "home", spread,
-        rules=RULES, instruction=INSTRUCTION, validation_share=0.1,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the worker's code in this process: what is told is the last message."""
-
-    def launched(module: str, job: dict, work: Path, student: Student, spread: Layout) -> dict:
-        said: list[dict] = []
-        monkeypatch.setattr("r1distill.students.worker.tell", lambda **message: said.append(message))
-        with mock.patch.dict(os.environ):  # a worker keeps to itself what it sets
-            beyond.main(job)
-        return said[-1]
-
-    monkeypatch.setattr("r1distill.students.sft.launched", launched)
-
-
-def history(out: Path) -> list[dict]:
-    return json.loads((out / "loss.json").read_text())
-
-
-def losses(out: Path) -> list[float]:
-    return [row["loss"] for row in history(out)]
-
-
-def answers(out: Path) -> list[dict]:
-    return schema.read(out / "rollouts", schema.ROLLOUT).to_pylist()
 
 
 @pytest.fixture(scope="module")
@@ -225,18 +89,6 @@ def test_answers_are_logged_with_what_they_are_worth(grpo, prompts) -> None:
     assert len(set(rewards.ravel())) > 1
     expected = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
     np.testing.assert_allclose([row["advantage"] for row in rows], expected.ravel(), atol=1e-3)
-
-
-def test_one_answer_to_two_prompts_is_judged_for_each(tiny_base: Path) -> None:
-    """A student that says the same to everything gets no verdict of another prompt's."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-    said = [tokenizer.encode("4", add_special_tokens=False)]
-    judge = rollouts.Judge(RULES, tokenizer, [tokenizer.eos_token_id], sharing=1)
-    rows = [dict.fromkeys(schema.PROMPT.names) | {"prompt_id": name, "question": "2 + 2?", "domain": "math",
-            "verifier": "math", "reference_answer": "4"} for name in "ab"]  # fmt: skip
-    assert [judge([row], said)[0].prompt_id for row in rows] == ["a", "b"]
 
 
 def test_rewards_lengths_and_cuts_are_told_of_every_step(grpo) -> None:
@@ -311,22 +163,6 @@ def test_the_student_is_asked_with_the_very_tokens_of_its_training(grpo, checkpo
         assert ids == example[: labels.count(-100)]
 
 
-def test_a_prompt_has_one_bos_and_opens_the_thinking(tiny_r1_student, tiny_r1_base, prompts, tmp_path) -> None:
-    """And what is too long or holds a control token is not asked."""
-    template = TEMPLATES["r1"]
-    tokenizer = write_tokenizer(template, tiny_r1_base, tmp_path, max_tokens=512)
-    student = Student.model_validate({**tiny_r1_student.model_dump(), "beyond": {**GRPO, "steps": 100}})
-    drawn, rejected = rollouts.draw(student, schema.read(prompts, schema.PROMPT), tokenizer, INSTRUCTION, 0.1)
-    assert rejected["longer than the context leaves"] == 1 and rejected["no rule can judge its answers"] == 2
-    assert len(drawn) + rejected.total() == 14
-    for row in drawn:
-        assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
-        assert row["prompt"].endswith("<｜Assistant｜><think>\n")
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    with pytest.raises(R1DistillError, match="asks with other tokens"):
-        rollouts.draw(student, schema.read(prompts, schema.PROMPT), tokenizer, INSTRUCTION, 0.1)
-
-
 def test_every_end_token_ends_an_answer(student, prompts, checkpoint, tmp_path, here) -> None:
     from transformers import AutoTokenizer
 
@@ -343,84 +179,6 @@ def test_every_end_token_ends_an_answer(student, prompts, checkpoint, tmp_path, 
     for row in rows:
         assert not set(row["token_ids"][:-1]) & set(ends)
         assert row["finish_reason"] == "stop" or len(row["token_ids"]) == GRPO["max_completion_tokens"]
-
-
-@pytest.mark.parametrize(("rows", "beta", "temperature"), [(320, 0.5, 0.7), (333, 1.0, 1.0), (264, 0.0, 1.0)])
-def test_the_loss_of_on_policy_is_the_dense_one(
-    rows, beta, temperature, student, prompts, checkpoint, teacher, tmp_path, here, monkeypatch
-) -> None:
-    """Loss and every gradient to 1e-4 of their size, over the rows that both vocabularies have."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-    grads: dict[str, torch.Tensor] = {}
-    plain = onpolicy.progress
-
-    def progress(answers: int):
-        class Grads(type(plain(answers))):  # type: ignore[misc]
-            def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
-                grads.update({name: weight.grad.clone() for name, weight in model.named_parameters()})
-
-        assert issubclass(Grads, TrainerCallback)
-        return Grads()
-
-    monkeypatch.setattr(onpolicy, "progress", progress)
-    folder = teacher(rows)
-    settings = on_policy(folder, steps=1, beta=beta, temperature=temperature)
-    built(student(settings, max_grad_norm=1e9), prompts, checkpoint, tmp_path / "out")
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    small, large = (AutoModelForCausalLM.from_pretrained(one, dtype=torch.float64) for one in (checkpoint, folder))
-    shared, total, tokens = min(320, rows), 0, 0
-    for row in answers(tmp_path / "out"):
-        question = prompt(int(row["prompt_id"][1:]))["question"]
-        text = TEMPLATES["chatml"].prefix([{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}])
-        asked, said = tokenizer.encode(text, add_special_tokens=False), row["token_ids"]
-        places = slice(len(asked) - 1, len(asked) + len(said) - 1)
-        s, t = (
-            (model(torch.tensor([asked + said])).logits[0, places, :shared] / temperature).log_softmax(-1)
-            for model in (small, large)
-        )
-        t = t.detach()
-        m = torch.logsumexp(torch.stack([s + torch.tensor(1 - beta).log(), t + torch.tensor(beta).log()]), dim=0)
-        if beta == 0:
-            total = total + (t.exp() * (t - s)).sum()
-        elif beta == 1:
-            total = total + (s.exp() * (s - t)).sum()
-        else:
-            total = total + beta * (t.exp() * (t - m)).sum() + (1 - beta) * (s.exp() * (s - m)).sum()
-        tokens += len(said)
-    loss = total / tokens
-    loss.backward()
-    assert losses(tmp_path / "out") == [pytest.approx(loss.item(), rel=1e-4)]
-    assert loss.item() > 1e-3 and grads.keys() == {name for name, _ in small.named_parameters()}
-    for name, weight in small.named_parameters():
-        found = grads[name].double()
-        assert float((found - weight.grad).abs().max() / weight.grad.abs().max()) < 1e-4, name
-
-
-def test_a_teacher_of_another_vocabulary_is_refused(student, prompts, checkpoint, tiny_r1_base, tmp_path, here) -> None:
-    """By the stage, and by the look at everything before a teacher of traces is paid."""
-    other = student(on_policy(tiny_r1_base))
-    with pytest.raises(RequestError, match=r"beyond\.teacher .* has another vocabulary"):
-        built(other, prompts, checkpoint, tmp_path)
-    with pytest.raises(RequestError, match=r"beyond\.teacher .* has another vocabulary"):
-        preflight.require_teachers(other, tmp_path)
-    preflight.require_teachers(student(on_policy(checkpoint)), tmp_path)
-
-
-def test_a_loss_that_is_no_number_stops_it(student, prompts, checkpoint, teacher, tmp_path, here) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    folder = teacher(320)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
-    model.save_pretrained(folder)
-    with pytest.raises(R1DistillError, match="step 1 has loss nan"):
-        built(student(on_policy(folder)), prompts, checkpoint, tmp_path / "out")
-    assert len(list((tmp_path / "out" / ".work" / "rollouts").glob("*.arrow"))) == 1
 
 
 @pytest.mark.parametrize("kind", ["on_policy", pytest.param("grpo", marks=pytest.mark.soak)])
@@ -455,19 +213,6 @@ def test_an_adapter_goes_on_where_it_stood(kind, tiny_r1_student, tiny_r1_base, 
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == tiny_r1_base.name  # not the checkpoint, nor a path of this machine
     assert (out / "model.safetensors").is_file()
-
-
-def test_prompts_come_again_once_all_were_asked() -> None:
-    """Whole groups side by side, a step's rows once for each round, and the same order whenever it is asked for."""
-    order = rollouts.Order(prompts=3, steps=6, prompts_per_step=2, group=2, rounds=2, seed=1)
-    rows = list(order)
-    assert len(rows) == len(order) == 6 * 2 * 2 * 2 and rows == list(order)
-    steps = [rows[place : place + 8] for place in range(0, 48, 8)]
-    for step in steps:
-        assert step[:4] == step[4:] and step[0] == step[1] and step[2] == step[3]
-    asked = [prompt for step in steps for prompt in (step[0], step[2])]
-    assert all(sorted(asked[place : place + 3]) == [0, 1, 2] for place in range(0, 12, 3))
-    assert asked[:3] == [0, 1, 2] and len({tuple(asked[place : place + 3]) for place in range(0, 12, 3)}) > 1
 
 
 @pytest.mark.parametrize("name", ["answers", "sequences", "vllm"])
