@@ -66,7 +66,7 @@ def evaluate(run: Run, wanted: Wanted, benchmarks: Sequence[Benchmark], checkpoi
         tables = {bench.name: scores.table(bench, [one], answers, known) for bench in benchmarks}
         found = {"model": wanted.model, "revision": one.revision, "runtime": one.runtime, "benchmarks": tables}
         (partial / "scores.json").write_text(json.dumps(found, indent=1))
-        result = scores.account(answers, found, [])
+        result = scores.account(answers, asked, found, [])
         result.check("evaluation")
         about = {"stage": "evaluations", "label": label, "fingerprint": digest, "inputs": {}, "identity": identity}
         return seal(partial, path, manifest_of(result, began, **about))

@@ -159,6 +159,7 @@ class Asked:
         identity = {"purpose": "scores", "model": contender.name, "revision": contender.revision}
         self.order = Order(requests, sampling, identity, contender.opens_thinking)
         self.recorded = self._recorded(contender.spec) if isinstance(contender.spec, RecordedTeacher) else None
+        self.asked_now = 0  # the others were in the ledger
 
     def __len__(self) -> int:
         return len(self.order.requests if self.recorded is None else self.recorded)
@@ -205,7 +206,8 @@ def _ask(wanted: list[Asked], home: Path, ledger: Ledger, renderings: Renderings
                 renderings.look(endpoint, contender.runtime, contender.revision)
             for one in orders:
                 client = _client(one.contender.spec)
-                ask(one.order, endpoint, ledger, client, f"{one.contender.name} on {one.benchmark.name}")
+                title = f"{one.contender.name} on {one.benchmark.name}"
+                one.asked_now = ask(one.order, endpoint, ledger, client, title)["asked"]
 
 
 def _client(spec: VllmSpec | LlamaSpec | EndpointTeacher | RecordedTeacher) -> Client:

@@ -263,11 +263,15 @@ def _uncut(student: Student) -> Student:
     return student.model_copy(update={"sft": student.sft.model_copy(update={"launch": launch})})
 
 
-def record(run: Run, stage: str, metrics: Mapping[str, Any], seconds: float, peak_gib: float) -> None:
-    """Put down what a stage took beside what was predicted, for the stages that are predicted."""
+def record(
+    run: Run, stage: str, metrics: Mapping[str, Any], seconds: float, peak_gib: float, resumed: bool = False
+) -> None:
+    """Put down what a stage took beside what was predicted, for the stages that are predicted. Its seconds say nothing
+    where it ``resumed`` from what a killed attempt had, or found what it asks for: then only a speed is put down."""
     found = next((each for each in reversed(_of_run(run).stages) if each.stage == stage), None)
     rate = metrics.get("tokens_per_second")
-    if found is None or not found.work or (stage in ("traces", "logits") and rate is None):  # all was there this time
+    partly = resumed or metrics.get("found") or stage in ("traces", "logits")
+    if found is None or not found.work or (rate is None and partly):
         return
     tokens = metrics.get("tokens", metrics.get("completion_tokens")) or found.tokens
     hours = found.at(tokens, found.tokens_per_second, run.hardware).hours

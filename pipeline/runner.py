@@ -134,6 +134,7 @@ def execute(steps: Iterable[Step]) -> Iterator[Done]:
 
 def _build(step: Step, partial: Path) -> Artifact:
     began, run = time.monotonic(), step.run
+    resumed = any(path.is_file() for path in partial.rglob("*"))
     _check_disk(partial)
     try:
         with calibration.watching(on_gpu=bool(run.hardware.gpus)) as peak:
@@ -148,7 +149,7 @@ def _build(step: Step, partial: Path) -> Artifact:
     manifest = manifest_of(result, began, stage=step.stage.name, label=step.label, **identity)
     artifact = seal(partial, step.path, manifest)
     try:
-        plan.record(run, step.stage.name, result.metrics, manifest["seconds"], peak.gib)
+        plan.record(run, step.stage.name, result.metrics, manifest["seconds"], peak.gib, resumed)
     except OSError as error:  # the artifact is whole all the same
         log.warning("what %s took was not put down: %s", step.stage.name, error)
     return artifact

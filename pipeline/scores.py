@@ -19,7 +19,7 @@ from r1distill.data.result import Result
 from r1distill.data.settings import Benchmark
 from r1distill.pipeline import evaluation, published
 from r1distill.pipeline.artifact import fingerprint
-from r1distill.pipeline.evaluation import Contender, context_tokens, folder_spec
+from r1distill.pipeline.evaluation import Asked, Contender, context_tokens, folder_spec
 from r1distill.pipeline.gates import Verdict, held, sound, variant
 from r1distill.pipeline.metrics import paired, question_means, summary
 from r1distill.pipeline.rendering import Renderings
@@ -57,13 +57,14 @@ def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
         "variants": of_variants(run.student, made, verdicts, everyone, evaluation.speeds(asked, run.home)),
     }
     (out / "scores.json").write_text(json.dumps(scores, indent=1))
-    return account(answers, scores, [gate["model"] for gate in verdicts if not gate["passed"]])
+    return account(answers, asked, scores, [gate["model"] for gate in verdicts if not gate["passed"]])
 
 
-def account(answers: Rows, scores: dict[str, Any], failed: list[str]) -> Result:
-    """Where the answers went."""
+def account(answers: Rows, asked: Sequence[Asked], scores: dict[str, Any], failed: list[str]) -> Result:
+    """Where the answers went, and how many of them were there before."""
     wrong = Counter(row["reason"] for row in answers if not row["correct"])
-    return Result(len(answers), len(answers) - wrong.total(), dict(wrong), {"scores": scores}, failed, unit="answers")
+    metrics = {"scores": scores, "found": sum(len(one) - one.asked_now for one in asked)}
+    return Result(len(answers), len(answers) - wrong.total(), dict(wrong), metrics, failed, unit="answers")
 
 
 def contenders(run: Run, checkpoint: Path, variants: Path, made: Mapping[str, Any]) -> Iterator[Contender]:

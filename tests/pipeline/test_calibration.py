@@ -86,6 +86,8 @@ def test_a_run_puts_down_what_its_stages_took(tmp_path, monkeypatch):
     run = Run.load("smollm2-135m", hardware="laptop")
     record(run, "packs", {}, 5.0, 1.0)  # not predicted
     record(run, "traces", {"completion_tokens": 0}, 0.1, 0.0)  # all of it was in the ledger
+    record(run, "scores", {"found": 100}, 4.0, 1.0)  # so was some of that
+    record(run, "variants", {}, 9.0, 1.0, resumed=True)  # the rest of them was made before
     record(run, "checkpoint", {"tokens": 4580, "tokens_per_second": 458.0}, 12.0, 3.5)
     (row,) = read(tmp_path)
     assert (row.tokens, row.tokens_per_second, row.seconds, row.gib) == (4580, 458.0, 12.0, 3.5)
