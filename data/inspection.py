@@ -26,8 +26,8 @@ class Traces:
 
     def __init__(self, folder: Path):
         folder = Path(folder)
+        manifest = _manifest(folder)
         self.table = schema.read(folder, schema.TRACE)
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         home = folder.parent.parent
         self.prompts = {
             row["prompt_id"]: row
@@ -121,6 +121,19 @@ def _lines(counts: dict[str, int]) -> list[str]:
 def _bars(counts: dict[str, int], width: int = 40) -> list[str]:
     most = max(counts.values(), default=1)
     return [f"{name:>12} {count:>8,} {'█' * round(width * count / most)}" for name, count in counts.items()]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a traces artifact; raises RequestError where the folder is none."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["stage"] == "traces" and manifest["inputs"]["prompts"]:
+            return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise RequestError(
+        f"{folder} is no sealed artifact of the stage traces. 'r1distill status' shows where there are any."
+    )
 
 
 def _sealed(folder: Path, fingerprint: str) -> list[Path]:

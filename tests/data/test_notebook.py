@@ -5,9 +5,12 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import pytest
 
 from r1distill.data import schema, verdicts
 from r1distill.data.config import ROOT
+from r1distill.data.errors import RequestError
+from r1distill.data.inspection import Traces
 
 NOTEBOOK = ROOT / "data" / "notebooks" / "traces.ipynb"
 
@@ -48,9 +51,20 @@ def an_artifact(home: Path) -> Path:
     }
     for stage, name in names.items():
         identity = {"decides": {"verdicts": settings.identity()}}
-        manifest = {"fingerprint": stage[0] * 8, "inputs": inputs[stage], "identity": identity}
+        manifest = {"stage": stage, "fingerprint": stage[0] * 8, "inputs": inputs[stage], "identity": identity}
         (home / stage / name / "manifest.json").write_text(json.dumps(manifest))
     return traces
+
+
+def test_a_folder_that_is_no_traces_artifact_is_told(tmp_path):
+    traces = an_artifact(tmp_path)
+    assert len(Traces(traces)) == 6
+    for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "verdicts" / "test-vvvvvvvv"):
+        with pytest.raises(RequestError, match=f"{folder} is no sealed artifact of the stage traces"):
+            Traces(folder)
+    (traces / "manifest.json").unlink()  # half-built
+    with pytest.raises(RequestError, match="is no sealed artifact"):
+        Traces(traces)
 
 
 def test_it_holds_no_output():

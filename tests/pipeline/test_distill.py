@@ -161,7 +161,7 @@ def test_killed_in_every_stage_the_chain_finishes_and_asks_nothing_twice(workpla
     assert len(keys) == len(set(keys)) == report["stages"]["traces"]["read"]
     assert not list(home.rglob("*.partial"))
     measured = {one.stage: one for one in calibration.read(home)}
-    assert {"checkpoint", "variants", "scores"} <= set(measured)
+    assert not {"variants", "scores"} & set(measured)  # they resumed: their seconds are not those of the whole
     assert measured["checkpoint"].gib > 0.3 and measured["checkpoint"].tokens_per_second > 0
 
     bench = report["scores"]["benchmarks"]["sums"]["models"]
