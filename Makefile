@@ -7,7 +7,8 @@
 # Variables: STUDENT VIA TEACHER PROMPTS HARDWARE UNTIL (names), SET="student.sft.epochs=1 teacher.sampling.samples=2",
 # DEVICE=cpu|gpu|auto, TORCH_INDEX_URL (where pip finds the CPU build of torch, if not where it looks by default),
 # TOKENIZER (folders with the bases' tokenizers, for preflight and rehearse), LORA=1 (rehearse an adapter),
-# PYTHON (3.11 or 3.12), TEST (what `make test` runs), BENCH (which of tests/bench; default: all).
+# TO=hub (publish uploads), PYTHON (3.11 or 3.12), TEST (what `make test` runs), BENCH (which of tests/bench; default:
+# all).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

@@ -23,8 +23,6 @@ from r1distill.data import hub
 from r1distill.data.config import ROOT, Settings, execution
 from r1distill.data.errors import R1DistillError, RequestError
 
-WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin")
-
 
 class HubModel(Settings):
     """A repository on the Hugging Face Hub; a branch name is resolved to a commit when a run starts."""

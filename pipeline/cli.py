@@ -288,7 +288,7 @@ def evaluate(
     from r1distill.pipeline.run import Run
 
     run = Run.load(student, overrides=changes or [], via=via)
-    names = [name for name in (benchmarks or "").split(",") if name]
+    names = [name.strip() for name in (benchmarks or "").split(",") if name.strip()]
     wanted = [load("benchmarks", name, Benchmark) for name in names] if names else run.benchmarks
     own = model is None
     if model is None:
