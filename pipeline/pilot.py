@@ -16,6 +16,7 @@ from typing import Any
 from r1distill.data import schema
 from r1distill.data.errors import RequestError
 from r1distill.data.selection import outcomes
+from r1distill.pipeline.artifact import alone
 from r1distill.pipeline.run import Run
 from r1distill.teacher.settings import RecordedTeacher
 
@@ -52,7 +53,8 @@ class Pilot:
 def run_pilot(run: Run, prompts: Path, count: int) -> Pilot:
     """Take ``count`` prompts of a prompts artifact through traces and verdicts, and extrapolate to all of them.
 
-    Raises RequestError for a recorded teacher: its answers are there and cost nothing.
+    Raises RequestError for a recorded teacher, whose answers are there and cost nothing, and while another pilot of
+    these prompts runs.
     """
     from r1distill.data import verdicts
     from r1distill.teacher import traces
@@ -61,19 +63,20 @@ def run_pilot(run: Run, prompts: Path, count: int) -> Pilot:
         raise RequestError(f"the teacher '{run.teacher.name}' is recorded: a pilot has nothing to find out.")
     if count < 2:
         raise RequestError(f"--pilot takes at least 2 prompts, found {count}: one says nothing of the others.")
-    table = schema.read(prompts, schema.PROMPT)
     work = run.home / "pilot" / prompts.name
-    shutil.rmtree(work, ignore_errors=True)
-    ids = table["prompt_id"].to_pylist()
-    drawn = sorted(sorted(range(len(ids)), key=lambda place: str(ids[place]))[:count])
-    schema.write(work / "prompts", schema.PROMPT, schema.rows(table.take(drawn)))
-    for stage in ("traces", "verdicts"):
-        (work / stage / ".work").mkdir(parents=True)
-    folders = work / "prompts", work / "traces", run.home
-    traces.build(run.teacher, *folders, run.prompts.instruction, run.hardware.ray_address)
-    inputs = work / "prompts", work / "traces"
-    judged = verdicts.build(run.prompts.verdicts, *inputs, work / "verdicts", run.home, judge=run.judge)
-    return _forecast(run, work, len(drawn), len(ids), judged.rejected)
+    with alone(work):
+        table = schema.read(prompts, schema.PROMPT)
+        shutil.rmtree(work, ignore_errors=True)
+        ids = table["prompt_id"].to_pylist()
+        drawn = sorted(sorted(range(len(ids)), key=lambda place: str(ids[place]))[:count])
+        schema.write(work / "prompts", schema.PROMPT, schema.rows(table.take(drawn)))
+        for stage in ("traces", "verdicts"):
+            (work / stage / ".work").mkdir(parents=True)
+        folders = work / "prompts", work / "traces", run.home
+        traces.build(run.teacher, *folders, run.prompts.instruction, run.hardware.ray_address)
+        inputs = work / "prompts", work / "traces"
+        judged = verdicts.build(run.prompts.verdicts, *inputs, work / "verdicts", run.home, judge=run.judge)
+        return _forecast(run, work, len(drawn), len(ids), judged.rejected)
 
 
 def _forecast(run: Run, work: Path, drawn: int, everything: int, reasons: dict[str, int]) -> Pilot:

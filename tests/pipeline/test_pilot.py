@@ -13,7 +13,10 @@ from typing import ClassVar
 
 import pytest
 
-from r1distill.pipeline.pilot import forecast
+from r1distill.data.errors import RequestError
+from r1distill.pipeline.artifact import alone
+from r1distill.pipeline.pilot import forecast, run_pilot
+from r1distill.pipeline.run import Run
 
 
 def test_the_interval_covers_the_whole_about_as_often_as_it_says():
@@ -89,6 +92,13 @@ def distill(folder: Path, *more: str) -> dict:
     ended = subprocess.run([*command, "--json", *more], capture_output=True, text=True, timeout=120, cwd=folder)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
+
+
+def test_two_pilots_at_once_do_not_spoil_each_other(workplace):
+    run = Run.load("smollm2-135m", teacher=str(workplace / "teacher.yaml"))
+    prompts = run.home / "prompts" / "doubles-12345678"
+    with alone(run.home / "pilot" / prompts.name), pytest.raises(RequestError, match="another run is building .*pilot"):
+        run_pilot(run, prompts, 5)
 
 
 def test_what_a_pilot_paid_for_counts_towards_the_run(workplace):
