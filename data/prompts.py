@@ -61,21 +61,17 @@ def prompt_of(source: FileSource | HubSource, index: int, record: dict[str, Any]
     arguments = _arguments(source, record.get("verifier_args"))
     if arguments is None:
         return None, "verifier_args is no JSON object"
-    if not is_unicode(f"{question}{reference}{arguments}"):
+    source_id = str(record.get("source_id", record.get("id", index)))
+    columns = {name: record.get(name) or getattr(source, name) for name in ("verifier", "domain", "license")}
+    if wrong := [name for name, value in columns.items() if not isinstance(value, str)]:
+        return None, f"{wrong[0]} is {type(columns[wrong[0]]).__name__}, expected text"
+    if isinstance(reference, list | dict):
+        return None, f"reference_answer is {type(reference).__name__}, expected text or a number"
+    if not is_unicode(f"{question}{reference}{arguments}{source_id}{''.join(columns.values())}"):
         return None, "unreadable: not Unicode"
     if reference is not None:
         reference = str(reference).rpartition("####")[2].strip()  # GSM8K: the answer follows its working
-    row = _prompt(
-        source,
-        question,
-        reference or None,
-        arguments,
-        verifier=record.get("verifier") or source.verifier,
-        domain=record.get("domain") or source.domain,
-        source_id=str(record.get("source_id", record.get("id", index))),
-        license=record.get("license") or source.license,
-    )
-    return row, ""
+    return _prompt(source, question, reference or None, arguments, source_id=source_id, **columns), ""
 
 
 def is_unicode(text: str) -> bool:

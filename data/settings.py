@@ -53,7 +53,7 @@ class VerdictSettings(Settings):
     judge: Judge | None = None
     timeout_seconds: float = Field(10, gt=0)  # for one trace; then its process is killed. Code has limits of its own
     code: SandboxSettings = SandboxSettings()
-    workers: int | None = execution(None)  # processes; null: one for each core, at most 16
+    workers: int | None = execution(None, ge=1)  # processes; null: one for each core, at most 16
 
 
 class Band(Settings):
@@ -134,8 +134,8 @@ class Benchmark(Settings):
     private: bool = False  # its text must not be shown: no artifact holds more than ids, letters and verdicts
     difficulty: str | None = None  # the source's column that says how hard a question is
     k: int = Field(gt=0)  # samples a question
-    limit: int | None = None
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_tokens: int = 32768
+    limit: int | None = Field(None, gt=0)
+    temperature: float = Field(0.6, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(32768, gt=0)
     seed: int | None = None

@@ -53,7 +53,7 @@ class _Columns(Settings):
     verifier: str = "math"
     verifier_args: dict[str, Any] = {}
     license: str
-    limit: int | None = None
+    limit: int | None = Field(None, gt=0)
 
 
 class FileSource(_Columns):

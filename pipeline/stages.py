@@ -57,7 +57,7 @@ def stage(
 # The first four don't depend on the student: every student shares them.
 
 
-@stage(version=2, label=lambda run: run.prompts.name, decides=lambda run: run.identity_of_prompts())
+@stage(version=3, label=lambda run: run.prompts.name, decides=lambda run: run.identity_of_prompts())
 def prompts(run: Run, inputs: Inputs, out: Path) -> Result:
     """Prompts with a stable id, deduplicated and decontaminated."""
     from r1distill.data import prompts

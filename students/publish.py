@@ -122,7 +122,12 @@ def check(folder: Path, home: Path) -> tuple[Publication, list[Entry]]:
     """
     manifest = inventory.read_manifest(folder)
     entries = inventory.check(folder)
-    publication = Publication.model_validate(manifest["identity"]["decides"]["publication"])
+    try:
+        publication = Publication.model_validate(manifest["identity"]["decides"]["publication"])
+    except (KeyError, TypeError, ValueError):
+        raise RequestError(
+            f"{folder} was not laid out by this version. Delete it and run again: make distill"
+        ) from None
     variants = {path.name for path in (folder / "model" / "variants").glob("*")}
     failed = failed_gates(json.loads((folder / "model" / "scores.json").read_text(encoding="utf-8")))
     if against := [f"{model}: {why}" for model, why in failed.items() if model == "checkpoint" or model in variants]:

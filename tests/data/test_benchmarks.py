@@ -116,3 +116,9 @@ def test_a_source_without_the_columns_is_told_what_it_lacks(tmp_path):
     with pytest.raises(RequestError, match="2 rows: a choice or the question is empty"):
         benchmarks.asked(on_file("gpqa-diamond", write(tmp_path / "empty.jsonl", empty)))
     assert isinstance(load("benchmarks", "gpqa-diamond", Benchmark).layout, Choices)
+
+
+@pytest.mark.parametrize("change", [{"limit": 0}, {"temperature": -1}, {"top_p": 0}, {"max_tokens": 0}, {"k": 0}])
+def test_how_a_model_cannot_be_asked_is_an_error_of_the_file(change):
+    with pytest.raises(RequestError, match=f"'{next(iter(change))}': Input should be greater than"):
+        load("benchmarks", "math500", Benchmark, change)

@@ -126,6 +126,29 @@ def test_prompts_pass_through_and_are_not_held(tmp_path, monkeypatch):
     assert most < 0.7 * size, f"{most:,} bytes for {size:,} bytes of prompts"
 
 
+def test_a_column_of_another_type_costs_its_row_alone(tmp_path):
+    odd = [
+        {"domain": ["math"]},
+        {"license": ["mit"]},
+        {"verifier": 5},
+        {"reference_answer": ["4", "5"]},
+        {"domain": "\ud83d"},
+    ]
+    rows = [{"question": f"What is {number}?", **more} for number, more in enumerate([*odd, {"reference_answer": 4}])]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = {"kind": "file", "path": str(tmp_path / "odd.jsonl"), "license": "mit"}
+    result = prompts.build(PromptSet(name="odd", sources=[one]), [], tmp_path / "out")
+    result.check("prompts")
+    assert result.rejected == {
+        "domain is list, expected text": 1,
+        "license is list, expected text": 1,
+        "verifier is int, expected text": 1,
+        "reference_answer is list, expected text or a number": 1,
+        "unreadable: not Unicode": 1,
+    }
+    assert schema.read(tmp_path / "out", schema.PROMPT)["reference_answer"].to_pylist() == ["4"]
+
+
 def test_a_row_brings_its_own_tests(tmp_path):
     """As public sets have them: JSON of inputs and outputs, with the source saying what they are."""
     file = tmp_path / "code.jsonl"

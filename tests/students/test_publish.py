@@ -247,6 +247,12 @@ def change_a_byte(folder):
     file.write_text(data.replace("512", "513", 1))
 
 
+def other_version(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["identity"]["decides"]["publication"] = {"repo": "x"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 DAMAGE = {
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "holds no publication"),
     "no card": (lambda folder: (folder / "model" / "README.md").unlink(), "model/README.md is missing"),
@@ -254,6 +260,7 @@ DAMAGE = {
     "cut weights": (cut, "its manifest says"),
     "another byte": (change_a_byte, "model/config.json is another than was built"),
     "a stray file": (lambda folder: (folder / "dataset" / "notes.txt").write_text("x"), "belongs to no publication"),
+    "another version": (other_version, "not laid out by this version"),
     "another artifact": (lambda folder: (folder / "manifest.json").write_text('{"stage": "scores"}'), "no publication"),
 }
 
