@@ -160,7 +160,7 @@ def _show_scores(scores: dict[str, Any], out: Console) -> None:
         out.print(f"published figures: not applicable, {found['reason']}", markup=False)
     for gate in scores["gates"]:
         mark = "[green]passed[/green]" if gate["passed"] else "[red]FAILED[/red]"
-        out.print(f"gate {mark}  {gate['model']:<12} {gate['message']}")
+        out.print(f"gate {mark}  {gate['model']:<12} {escape(gate['message'])}")
 
 
 def _show_tables(benchmarks: dict[str, Any], out: Console) -> None:

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from r1distill.pipeline import report
 from r1distill.pipeline.metrics import summary
 from r1distill.pipeline.scores import gates
 from r1distill.pipeline.variants import tokens_per_second
@@ -111,3 +113,12 @@ def test_speed_is_told_of_the_time_in_which_something_was_asked():
     rows = [asked("10", 10, 100), asked("10", 8, 80), asked("50", 5, 30)]
     assert tokens_per_second(rows) == pytest.approx(210 / 15)
     assert tokens_per_second([]) is None
+
+
+def test_a_gates_words_are_shown_as_they_are():
+    """A token's name, or a piece of a template, may look like the terminal's markup."""
+    out = Console(record=True, width=200)
+    gate = {"model": "q4_k_m", "passed": False, "message": "token 5 is '[/INST]', expected '[bold]'"}
+    scores = {"benchmarks": {}, "reproduction": {"applies": False, "reason": "no twin"}, "gates": [gate]}
+    report._show_scores(scores, out)
+    assert "token 5 is '[/INST]', expected '[bold]'" in out.export_text()
