@@ -40,6 +40,8 @@ RULES = VerdictSettings(code=SandboxSettings(total_seconds=600, memory_bytes=4 <
 PLAIN_TEMPLATE = "{{ messages[-1]['content'] }}\n"  # for base models that have no chat template
 MOST_FAILED_SHARE = 0.01  # of the answers: requests that failed say nothing about a model
 IN_FLIGHT_ON_GPU = 256
+# For one answer: on a CPU 32,768 tokens take hours; on GPUs it may wait for others to give back their cache.
+LLAMA_SECONDS, VLLM_SECONDS = 24 * 3600, 2 * 3600
 
 ANSWER = pa.schema(
     [
@@ -213,8 +215,11 @@ def _ask(wanted: list[Asked], home: Path, ledger: Ledger, renderings: Renderings
 def _client(spec: VllmSpec | LlamaSpec | EndpointTeacher | RecordedTeacher) -> Client:
     if isinstance(spec, EndpointTeacher):
         return spec.client
+    if isinstance(spec, LlamaSpec):  # more would wait for a slot, and their time would run
+        return Client(in_flight=spec.slots, timeout_seconds=LLAMA_SECONDS)
     if isinstance(spec, VllmSpec) and not on_cpu():
-        return Client(in_flight=IN_FLIGHT_ON_GPU * int(spec.options.get("data-parallel-size", 1)))
+        in_flight = IN_FLIGHT_ON_GPU * int(spec.options.get("data-parallel-size", 1))
+        return Client(in_flight=in_flight, timeout_seconds=VLLM_SECONDS)
     return Client()
 
 

@@ -345,6 +345,7 @@ class Twin(Settings):
     recorded: Annotated[FileSource | HubSource, Field(discriminator="kind")] | None = None
 
 
+ROLES = ("base", "teacher", "twin", "student", "checkpoint")  # names that scores and gates give to others
 REPOSITORY = r"^([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*$"  # [owner/]name
 
 
@@ -435,7 +436,7 @@ class Student(Settings):
                 sizes.append(shape.hidden // shape.heads * shape.kv_heads)
             if any(size % group for size in sizes):
                 raise ValueError(f"variants.{name}: groups of {group} must divide {', '.join(map(str, sizes))}")
-            if not name.replace("-", "").replace("_", "").isalnum() or name in ("base", "teacher", "student"):
+            if not name.replace("-", "").replace("_", "").isalnum() or name in ROLES:
                 raise ValueError(
                     f"variants.{name}: a variant's name is letters, digits, - and _, and not a model's role"
                 )

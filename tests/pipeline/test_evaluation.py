@@ -23,6 +23,7 @@ from r1distill.pipeline.evaluation import Contender
 from r1distill.pipeline.metrics import summary
 from r1distill.pipeline.run import Run
 from r1distill.students.template import TEMPLATES
+from r1distill.teacher.serve import LlamaSpec
 from r1distill.teacher.settings import Client, EndpointTeacher, RecordedTeacher, Sampling
 
 CHAT_TEMPLATES = ROOT.parent / "shared" / "data" / "tokenizers" / "chat_templates"
@@ -254,6 +255,12 @@ def test_the_chains_own_checkpoint_is_served_in_the_layout_of_the_scores_stage(t
     expected = stageplan.student_options(run.student, run.hardware, evaluation.context_tokens(bench))
     assert expected["tensor-parallel-size"] > 1 and expected.items() <= own.items()
     assert "tensor-parallel-size" not in other
+
+
+def test_what_llama_cpp_is_asked_has_a_slot_and_the_time_for_a_long_answer():
+    """A token a second is what a CPU gives of a large student; what waits for a slot would be given up meanwhile."""
+    client = evaluation._client(LlamaSpec(gguf=Path("x.gguf"), served_name="x", slots=3))
+    assert client.in_flight == 3 and client.timeout_seconds > 32768
 
 
 # Templates: the answer is made to begin in the thinking.

@@ -98,6 +98,7 @@ def test_execution_settings_stay_out_of_the_identity() -> None:
         ({"variants.gptq-4bit.group_size": 128}, "must divide 576"),
         ({"packs.context_tokens": 100_000}, "max_position"),
         ({"sft.epochs": float("inf")}, "finite number"),
+        ({"variants.checkpoint": {"kind": "int8"}}, "not a model's role"),
         ({"sft.epochs": 1e308}, "less than or equal to 1000"),
         ({"architecture.heads": 0}, "greater than 0"),
     ],
