@@ -61,9 +61,9 @@ def build(run: Run, checkpoint: Path, variants: Path, out: Path) -> Result:
 
 
 def account(answers: Rows, asked: Sequence[Asked], scores: dict[str, Any], failed: list[str]) -> Result:
-    """Where the answers went, and how many of them were there before."""
+    """Where the answers went, and how many of those that are asked for here were there before."""
     wrong = Counter(row["reason"] for row in answers if not row["correct"])
-    metrics = {"scores": scores, "found": sum(len(one) - one.asked_now for one in asked)}
+    metrics = {"scores": scores, "found": sum(len(one) - one.asked_now for one in asked if one.recorded is None)}
     return Result(len(answers), len(answers) - wrong.total(), dict(wrong), metrics, failed, unit="answers")
 
 
