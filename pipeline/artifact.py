@@ -82,7 +82,7 @@ def find(path: Path, digest: str) -> Artifact | None:
         return None
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        found, files = manifest["fingerprint"], dict(manifest["files"])
+        found, files = manifest["fingerprint"], {name: int(size) for name, size in dict(manifest["files"]).items()}
     except (ValueError, KeyError, TypeError) as error:
         raise R1DistillError(f"{file} is damaged ({error!r}). Delete {path} and run again to rebuild it.") from None
     if found != digest:

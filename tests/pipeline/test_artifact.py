@@ -45,7 +45,7 @@ def test_a_sealed_artifact_is_found_and_holds_no_resume_files(tmp_path):
     assert sorted(p.name for p in path.iterdir()) == ["data.txt", MANIFEST]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest", "list", "files", "foreign"])
+@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest", "list", "files", "sizes", "foreign"])
 def test_a_damaged_artifact_is_named_and_not_trusted(tmp_path, damage):
     path = tmp_path / "traces" / "embedded-ffffffff"
     make(path)
@@ -55,8 +55,10 @@ def test_a_damaged_artifact_is_named_and_not_trusted(tmp_path, damage):
         (path / "data.txt").unlink()
     elif damage == "manifest":
         (path / MANIFEST).write_text('{"fingerprint": "ff')
-    elif damage in ("list", "files"):
-        (path / MANIFEST).write_text(json.dumps([] if damage == "list" else {"fingerprint": "f" * 64, "files": None}))
+    elif damage in ("list", "files", "sizes"):
+        found = {"list": [], "files": {"fingerprint": "f" * 64, "files": None}}
+        sizes = {"fingerprint": "f" * 64, "files": {"data.txt": "five"}}
+        (path / MANIFEST).write_text(json.dumps(found.get(damage, sizes)))
     else:
         manifest = json.loads((path / MANIFEST).read_text())
         (path / MANIFEST).write_text(json.dumps({**manifest, "fingerprint": "ffffffff" + "0" * 56}))
