@@ -10,11 +10,15 @@ import re
 from r1distill.data.verify.quantities import NUMBERS_IN_WORDS, compound, is_unit, quantity, tidy
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_MOST_NESTED = 50
 _MARKER = re.compile(
     r"(?:^[\W_]*(?:(?:the|my|original)\s+)?(?:final\s+)?answer(?:\s*\([^)\n]*\))?[\s*_]*[:：][\s*_]*|^\s*#{3,4}\s+(?=[-$\d]))"
-    r"|\b(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\s+is\b[\s*_]*[:：]?[\s*_]*",
+    r"|\b(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\s+is\b[\s*_]*[:：]?[\s*_]*"
+    r"|(?:答案[\s*_]*(?:[是为选]|[:：])|故选|^[\W_]*答\s*[:：])[\s*_]*[:：]?[\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.S | re.I)
+_ASSIGNED = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?:_\{?\w+\}?)?\s*=\s*[^=,;≈]+?(?=\s*(?:,|;|$|\b(?:and|or)\b))", re.M)
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?:\*\*)?\s+(?=[A-Z*\\$(])")
 # The last of several items is not the answer, unless it says so.
 _ITEMS = re.compile(r"^[ \t]*(?:[-*•]|\d+[.)])\s.*\n\s*(?:[-*•]|\d+[.)])\s(?!.*(?:\*\*|\btotal\b|=)).*\Z", re.M | re.I)
@@ -31,9 +35,9 @@ _HEDGE = re.compile(
 )
 _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 _QUANTITY = re.compile(
-    rf"(?<![\w.^_{{/√])(?<!\{{[-−–])[-−–]?\s?(?P<currency>\\?\$|[€£¥₹])?\s?[-−]?(?:{_NUMBER})"
+    rf"(?<![a-zA-Z0-9.^_{{/√])(?<!\{{[-−–])[-−–]?\s?(?P<currency>\\?\$|[€£¥₹])?\s?[-−]?(?:{_NUMBER})"
     r"(?:\s?[×*]\s?10(?:\^\{?[-−]?\d+\}?|[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+))?"
-    rf"(?:\s?/\s?(?:{_NUMBER})(?!\w))?(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion|dozen)\b)?"
+    rf"(?:\s?/\s?(?:{_NUMBER})(?![a-zA-Z0-9_]))?(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion|dozen)\b)?"
     r"(?![\d^_π√⁻⁰¹²³⁴⁵⁶⁷⁸⁹]|\s[π√]|[xyzn](?![a-z]))"  # 2π and 5x are more than a number
 )
 _INLINE = re.compile(
@@ -61,7 +65,9 @@ def final_answer(response: str, question: str = "") -> str | None:
     Without a box it is the sentence after "Answer:", else the closing sentence. Numbers of the ``question`` that are
     repeated in that sentence are not taken for the answer when another number stands there.
     """
-    if boxes := _boxes(response):
+    if tagged := _TAGGED.findall(response):
+        response = f"**Answer:** {tagged[-1].strip()}"
+    if (boxes := _boxes(response)) and not _is_cut(response):
         return _joined(response, boxes)
     if _BOX.search(response):  # empty or cut off
         return None
@@ -75,33 +81,41 @@ def final_answer(response: str, question: str = "") -> str | None:
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     """(start, end, content) of every complete outermost box; a nested box stands for its inner content."""
+    closings = _closings(text) if _BOX.search(text) else {}
     found = []
     position = 0
     while match := _BOX.search(text, position):
         position = match.end()
         if not text.startswith("{", position):
-            if token := re.match(r"-?\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])", text[position:]):  # \boxed 5
+            if token := re.match(r"-?\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])", text[position : position + 99]):  # \boxed 5
                 found.append((match.start(), position + token.end(), token.group()))
             continue
-        end = _closing_brace(text, position)
-        if end is None:
+        if (end := closings.get(position)) is None:
             continue
         content = text[position + 1 : end].strip()
-        inner = _boxes(content)
+        inner = _boxes(content) if content.count("\\boxed") < _MOST_NESTED else []
         if content:
-            found.append((match.start(), end + 1, inner[-1][2] if inner else content))
+            found.append((match.start(), end + 1, ", ".join(box[2] for box in inner) or content))
         position = end + 1
     return found
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """The position of the brace that closes the one at ``start``; ``\\{`` and ``\\}`` are text."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return match.start()
-    return None
+def _is_cut(text: str) -> bool:
+    """Whether the text ends within its last box."""
+    start = [match.end() for match in _BOX.finditer(text)][-1]
+    return start == len(text) or (text[start] == "{" and start not in _closings(text))
+
+
+def _closings(text: str) -> dict[int, int]:
+    """Where each brace is closed, by where it opens; ``\\{`` and ``\\}`` are text."""
+    opened: list[int] = []
+    found = {}
+    for match in re.compile(r"\\.|[{}]", re.S).finditer(text):
+        if match.group() == "{":
+            opened.append(match.start())
+        elif match.group() == "}" and opened:
+            found[opened.pop()] = match.start()
+    return found
 
 
 def _joined(text: str, boxes: list[tuple[int, int, str]]) -> str:
@@ -136,6 +150,8 @@ def _stated(sentence: str, question: str) -> str | None:
         return whole
     if (formula := _only_formula(sentence)) and _EQUATION.fullmatch(_WORDS_IN_FORMULA.sub("", formula)):
         return formula
+    if several := _assigned(sentence):
+        return several
     if "=" in sentence or "≈" in sentence:
         sentence = re.split(r"=|≈|\\approx", sentence)[-1]
     if formula := _only_formula(sentence):
@@ -145,8 +161,10 @@ def _stated(sentence: str, question: str) -> str | None:
     sentence = _DASH.sub(r"\1 ", sentence)
     numbers = {m.group().strip(): m for m in _QUANTITY.finditer(sentence)}
     if not numbers:
-        if (words := sentence.strip(" .*_$()[]")).startswith("\\"):
+        if (words := sentence.strip(" .。*_$()[]")).startswith("\\"):
             return sentence.strip(" .*_$")
+        if len(said := [m["bold"] for m in _BOLD.finditer(sentence)]) == 1:
+            words = said[0].strip(" .。:")
         return words if 0 < len(words.split()) <= 4 and not _GLUE.search(words) else None
     if len(numbers) == 1:
         return next(iter(numbers))
@@ -155,6 +173,13 @@ def _stated(sentence: str, question: str) -> str | None:
     asked = {re.sub(r"[^\d.]", "", m.group()) for m in _QUANTITY.finditer(question)}
     new = [text for text in numbers if re.sub(r"[^\d.]", "", text) not in asked]
     return new[0] if len(new) == 1 else None
+
+
+def _assigned(sentence: str) -> str | None:
+    """The values in "The solutions are x = 2 and x = 3", where the sentence says nothing else."""
+    text = _INLINE.sub(lambda formula: f" {next(group for group in formula.groups() if group)} ", sentence).strip(" *.")
+    found = [match.group() for match in _ASSIGNED.finditer(text)]
+    return ", ".join(found) if len(found) > 1 and not re.search(r"[\d=≈]", _ASSIGNED.sub("", text)) else None
 
 
 def _whole(text: str) -> str | None:

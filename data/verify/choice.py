@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from r1distill.data.verify.check import Finding, failed, passed, unverifiable
 
-VERSION = "choice 1"
+VERSION = "choice 2"
 LETTERS = "ABCDEFGHIJ"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
@@ -20,19 +20,23 @@ _ANSWER_LINE = re.compile(
     r"(?:answer|choice|option)[\s*_]*[:：](?P<said>.*)$",
     re.I | re.M,
 )
-_SAYS = r"\b(?:answer|choice|option)(?: here| to (?:the|this) question)? (?:is|would be|must be)\b"
+_SAYS = r"\b(?:answer|choice|option)s?(?: here| to (?:the|this) question)? (?:is|are|(?:would|should|must) be)\b"
 _SENTENCE = re.compile(
     rf"{_SAYS}[\s*_]*[:：]?(?P<said>(?:(?!{_SAYS})[^\n])*)"
     r"|\b(?:i|we) (?:would )?(?:choose|pick|select)(?P<picked>[^\n]*)"
     r"|(?:^|[.,;:!] +)(?P<subject>[*_]*(?:option|choice|answer)? ?\(?[*_]*[A-J][*_]*\)?[*_]*) is (?:the )?"
-    r"(?:correct|right|best)\b",
+    r"(?:correct|right|best)\b"
+    r"|(?:(?:答案|选项)[ *]*(?:应?[是为选]|[:：])|(?<![不未能])(?:故选|应选|因此选|所以选|，选))[ :：*]*"
+    r"(?P<chosen>[^\n]*)",
     re.I | re.M,
 )
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.S | re.I)
+_SEVERAL = re.compile(r"A?B?C?D?E?F?G?H?I?J?")  # "ACD"
 _BOLD = re.compile(r"\*\*(?P<said>[^*\n]+)\*\*")
 _WORD = r"(?:(?:option|choice|answer|letter)s?\s*)?"
 # A letter, and behind it what can follow one: nothing, punctuation, a reason. "A force of 5 N" names no choice.
 _NAMED = re.compile(
-    rf"{_WORD}(?:[(\[](?P<round>[A-J])[)\]](?P<after>.*)|(?P<bare>[A-J])(?P<rest>$|[).:,;—–-].*|"
+    rf"{_WORD}(?:[(\[](?P<round>[A-J])[)\]](?P<after>.*)|(?P<bare>[A-J])(?P<rest>$|\s?[).:].*|[,;—–-].*|"
     r"\s+(?:because|since|as|which|with|and|or|\(|[—–-]|&).*|\s*[=→].*))",
     re.I | re.S,
 )
@@ -88,15 +92,20 @@ def _statements(response: str, texts: list[str]) -> list[str]:
     """
     boxes = [content for match in _BOX.finditer(response) if (content := _until_brace(response, match.end())).strip()]
     lines = [match["said"] for match in _ANSWER_LINE.finditer(response) if not _BOX.search(match["said"])]
-    if strong := [*boxes, *(line for line in lines if _clean(line))]:
+    if strong := [*boxes, *_TAGGED.findall(response), *(line for line in lines if _clean(line))]:
         return strong
     if sentences := [
-        match["said"] or match["picked"] or match["subject"] or "" for match in _SENTENCE.finditer(response)
+        match["said"] or match["picked"] or match["subject"] or match["chosen"] or ""
+        for match in _SENTENCE.finditer(response)
     ]:
         return sentences
     paragraph = re.split(r"\n\s*\n", response.strip())[-1]
-    bare = [match["said"] for match in _BOLD.finditer(paragraph)] or paragraph.splitlines()[-1:]
-    return [one for one in bare if _BARE.fullmatch(_clean(one)) or _plain(_BARE_START.sub("", _clean(one))) in texts]
+    for bare in ([match["said"] for match in _BOLD.finditer(paragraph)], paragraph.splitlines()[-1:]):
+        if named := [
+            one for one in bare if _BARE.fullmatch(_clean(one)) or _plain(_BARE_START.sub("", _clean(one))) in texts
+        ]:
+            return named
+    return []
 
 
 def _letters(said: str, texts: list[str]) -> frozenset[str]:
@@ -104,6 +113,8 @@ def _letters(said: str, texts: list[str]) -> frozenset[str]:
     place = [number for number, text in enumerate(texts) if text and text == _plain(said)]
     if len(place) == 1 and not re.fullmatch(r"[A-Ja-j]", said):
         return frozenset(LETTERS[place[0]])
+    if len(said) > 1 and _SEVERAL.fullmatch(said):
+        return frozenset(said)
     match = _NAMED.fullmatch(said)
     if match is None:
         return frozenset()
@@ -118,7 +129,7 @@ def _letters(said: str, texts: list[str]) -> frozenset[str]:
 def _clean(text: str) -> str:
     """A statement without its dressing: Markdown, LaTeX, quotes, the full stop."""
     text = _LATEX.sub(" ", _WRAPPED.sub(r" \1 ", re.sub(r"[*_`]{1,3}(?=\S)|(?<=\S)[*_`]{1,3}", "", text)))
-    return re.sub(r"\s+", " ", text).strip("\"'“”‘’ ").rstrip(".! ")
+    return re.sub(r"\s+", " ", text).strip("\"'“”‘’ ").rstrip(".!。 ")
 
 
 def _plain(text: str) -> str:

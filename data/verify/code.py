@@ -39,7 +39,7 @@ from r1distill.data.verify import checker, livecodebench
 from r1distill.data.verify.check import Finding, failed, passed, unverifiable
 from r1distill.data.verify.sandbox import Run, Sandbox, SandboxError, SandboxSettings, opened, unavailable
 
-VERSION = "code 1"
+VERSION = "code 2"
 
 _BLOCK = re.compile(r"^[ \t]*(?P<fence>```+|~~~+)[ \t]*(?P<label>[^\s`]*)[^\n`]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)[ \t]*$|\Z)", re.M | re.S)  # fmt: skip # noqa: E501
 # What calls a function: a line "token result" behind everything that the program itself has written.
@@ -49,6 +49,7 @@ _function = getattr(Solution(), {name!r}) if "Solution" in globals() else {name}
 _given = [_json.loads(_line) for _line in _sys.stdin.read().split("\\n") if _line.strip()]
 _sys.__stdout__.write("\\n" + {token!r} + " " + _json.dumps(_function(*_given)) + "\\n")
 """
+_READS = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\(0\b")
 _FUTURE = re.compile(r"^from __future__ import .*$", re.M)
 _PYTHON = ("python", "py", "python3", "py3")
 _ENDINGS = {
@@ -115,7 +116,8 @@ def _problem(arguments: dict[str, Any]) -> str:
 
 
 def program_of(response: str, names: Sequence[str] = ()) -> str | None:
-    """The program in a response: its last Python block that defines one of ``names``, else its last Python block.
+    """The program in a response: its last Python block that defines one of ``names`` or, without names, that reads its
+    input; else its last Python block. What stands behind a program may be an example of its use.
 
     A block without a label counts where it is valid Python, and so does a response that is code from start to end.
     Blocks are not joined: one that relies on an earlier one fails.
@@ -126,7 +128,7 @@ def program_of(response: str, names: Sequence[str] = ()) -> str | None:
         if code.strip() and (label in _PYTHON or (not label and _is_program(code))):
             blocks.append(code)
     for code in reversed(blocks):
-        if names and not _defined(code).isdisjoint(names):
+        if not _defined(code).isdisjoint(names) if names else _READS.search(code):
             return code
     if blocks:
         return blocks[-1]

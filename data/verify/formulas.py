@@ -16,6 +16,10 @@ _TRAILING_UNIT = re.compile(
 )
 _STRAY_WORDS = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_OPERATOR = re.compile(r"\s*([-+=/])\s*|(?<![A-Za-z\\])([a-z]) (?=[a-z](?![a-z]))")
+_CHOSEN = re.compile(r"\b([CA]) ?_ ?(?:\{ ?(\w{1,3}) ?\}|(\w)) ?\^ ?(?:\{ ?(\w{1,3}) ?\}|(\w))")
+# Numerators of the values put for letters, over 1009: more than one and less, all positive and of both signs.
+_POINTS = [(613, 1787, 431, 1993, 811, 2267), (1481, 347, 2417, 709, 1289, 557), (-523, 1607, -937, 2029, -389, 1103)]
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
 
@@ -37,6 +41,8 @@ def compared(wanted: str, found: str) -> bool | str:
         return "the answer can't be read as mathematics"
     for answer in answers:
         equal = _same_number(reference, answer)  # math-verify would simplify their difference, which is slow
+        if equal is None:
+            equal = _same_function(reference, answer)
         if equal is None:
             equal = _equal_complex(reference, answer) or (
                 _close(reference, answer)
@@ -60,7 +66,17 @@ def _plain(text: str) -> tuple[str, str]:
         text = text[: trailing.start()]
     else:
         name = ""
-    return text.replace("°", "").strip(), name
+    text = _CHOSEN.sub(_chosen, text)
+    text = re.sub(r"\\lg(?![a-z])", r"\\log_{10} ", text.replace("°", "")).strip()
+    return _OPERATOR.sub(r"\1\2", text), name  # a last " + bc" is taken for a unit
+
+
+def _chosen(match: re.Match[str]) -> str:
+    """C_{10}^{3} as \\binom{10}{3} and A_5^2 as 5!/(5-2)!; C_1^2 is a square."""
+    kind, n, k = match[1], match[2] or match[3], match[4] or match[5]
+    if n.isdecimal() and not (k.isdecimal() and int(n) >= int(k)):
+        return match[0]
+    return rf"\binom{{{n}}}{{{k}}}" if kind == "C" else rf"\frac{{({n})!}}{{({n}-{k})!}}"
 
 
 def _parsed(text: str) -> Any | None:
@@ -84,12 +100,37 @@ def _same_number(reference: Any, answer: Any) -> bool | None:
     for side in (reference, answer):
         if not isinstance(side, Expr) or side.free_symbols or side.has(Float):
             return None
-    a, b = (side.doit().evalf(60) for side in (reference, answer))
+    exact, other = (side.doit() for side in (reference, answer))
+    if exact.is_Rational and other.is_Rational:  # 2^{2024} and 2^{2024} + 1 are equal in the first sixty digits
+        return True if exact == other else None if exact in (other * 100, other / 100) else False
+    a, b = (side.evalf(60) for side in (exact, other))
     if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
         return None
     if abs(a - b) <= 1e-50 * abs(a):
         return True
-    return None if any(abs(a - other) <= 1e-12 * abs(a) for other in (b, b * 100, b / 100)) else False
+    return None if any(abs(a - other) <= 1e-50 * abs(a) for other in (b * 100, b / 100)) else False
+
+
+def _same_function(reference: Any, answer: Any) -> bool | None:
+    """Whether two exact expressions in the same letters have the same value wherever they are evaluated; None where
+    some of the points can't tell: outside a domain, or where only one sign of a root differs."""
+    from sympy import Expr, Float, Rational
+
+    if not (isinstance(reference, Expr) and isinstance(answer, Expr)) or reference.has(Float) or answer.has(Float):
+        return None
+    letters = sorted(reference.free_symbols, key=str)
+    if not letters or len(letters) > 6 or "i" in map(str, letters) or reference.free_symbols != answer.free_symbols:
+        return None
+    agreed = 0
+    for point in _POINTS:
+        at = {letter: Rational(point[place], 1009) for place, letter in enumerate(letters)}
+        a, b = (side.subs(at).doit().evalf(30) for side in (reference, answer))
+        if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
+            continue
+        if abs(a - b) > 1e-20 * max(abs(a), abs(b)):
+            return False if min(point) > 0 and max(abs(a), abs(b)) > 1e-30 else None
+        agreed += 1
+    return True if agreed == len(_POINTS) else None
 
 
 def _close(reference: Any, answer: Any) -> bool:

@@ -11,26 +11,39 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 from r1distill.data.thinking import CLOSE, OPEN
-from r1distill.data.verify import formulas, moments, parts, words
+from r1distill.data.verify import clauses, formulas, moments, parts, words
 from r1distill.data.verify.answers import final_answer
 from r1distill.data.verify.check import Finding, failed, passed, unverifiable
-from r1distill.data.verify.quantities import Quantity, compound, equal, quantity, tidy
+from r1distill.data.verify.quantities import Quantity, compound, equal, quantity, tidy, written
 
-VERSION = "math 3, math-verify 0.9"
+VERSION = "math 4, math-verify 0.9"
 LONGEST_ANSWER_CHARACTERS = 1000
 
 _BASED = re.compile(r"\(?\s*(?P<digits>-?[0-9A-F]+)\s*\)?\s*_\s*\{?\s*(?P<base>\d+|[a-z]+)\s*\}?")
 _BASE_TEN = re.compile(r"(?<=\d)_\s*\{?\s*(?:10|ten)\s*\}?$")
 _BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
           "ten": "10", "eleven": "11", "twelve": "12", "sixteen": "16"}  # fmt: skip
-_SAYING = re.compile(r"^(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*[:=]?\s*", re.I)
+_SAYING = re.compile(r"^(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*[:=]?\s*|^(?:only|just)\s+|\s+only$", re.I)
 # What may stand before an equals sign as the name of a value: x, S_{10}, f(x), P(A), |z|, AB, \angle ABC, Total cost.
 _LABEL = re.compile(
     r"^(?:\\?(?:angle|triangle|overline|m)\s*\\?(?:angle)?\s*\{?\s*[A-Z]{1,3}\s*\}?|\|\s*[A-Za-z]+\s*\||[A-Z]{2,3}"
-    r"|[A-Za-z](?:_\s*\{?\s*\w+\s*\}?)?'?\s*(?:\([^()=]*\))?|\\?[A-Za-z]{3,}(?: [A-Za-z]+){0,4})\s*=\s*(?=[^=<>]+$)"
+    r"|[A-Za-z](?:_\s*\{?\s*\w+\s*\}?)?'?\s*(?:\([^()=]*\))?|\[[A-Z]{3,8}\]|[A-Z](?:\s*\\(?:cap|cup|setminus)\s*\(?[A-Z]\)?)*|[A-Z]_\s*\{[^{}=]*\}"
+    r"|\\?[A-Za-z]{3,}(?: [A-Za-z]+){0,4})\s*=\s*(?=[^=<>]+$)"
 )
+_FUNCTION = re.compile(r"^(?:[fgh]\(x\)|y)\s*=\s*(?=[^=<>y]*x[^=<>y]*$)")  # two ways to name a function of x
 _TURNED = re.compile(r"^([^=<>]*\d[^=<>]*?)\s*=\s*[A-Za-z]$")  # 5 = x
 _OPTION = re.compile(r"(?:\([A-J]\)|[A-J][).:])\s*(?=\S)")  # (B) 42
+# 2x = 10 and x^2 = 4 do not say what x is.
+_CALCULATION = re.compile(
+    r"^(?=[^=]*\d)(?:[-+*/^!()\d.,{}× ]|\\(?:frac|sqrt|cdot|times|binom|div)(?![a-z]))+=\s*(?=[^=<>]+$)"
+)
+_UNSOLVED = re.compile(r"(?:-?\d+\s*[a-z]|[a-z]\s*(?=\^))\s*(?:\^\s*(?:\{[^{}]*\}|\w))?\s*=[^=]*")
+_REMARK = re.compile(r"(?<=[\d}%°])\s*\((?!(?:mod|not|per|or|if)\b)[a-z]{3}[a-z -]*\)$", re.I)  # 42 (forty-two)
+_SUBSTANCE = re.compile(r"(?:[A-Z][a-z]?\s*(?:_\s*)?(?:\{\s*\d+\s*\}|\d*)\s*){2,}")  # H_2O
+_REALS = re.compile(
+    r"(?:all |the |set of |any )*real(?: number|s)s?"
+    r"|(?:[a-z] *(?:\\in|∈) *)?(?:\\mathbb ?\{? ?R ?\}?|ℝ|\( ?-\\infty ?, ?\+?\\infty ?\))"
+)
 _ROUNDED = re.compile(r"(?:,?\s*\bor\b\s*)?(?:\\approx(?![a-z])|≈|\b(?:which is )?(?:approximately|about)\b)")
 _RELATION = re.compile(r"[=<>≤≥]|\\(?:le|ge|lt|gt|ne)")
 _COMMA_DECIMAL = re.compile(r"-?\d{1,3}(?:[.,]\d{3})+|-?\d+[.,]\d+")
@@ -73,12 +86,29 @@ def answer_of(response: str, question: str = "") -> str | None:
 
 
 def _stated(wanted: str, found: str) -> bool | str:
-    """The answer as it is written, or as the exact and the rounded value that it gives ("2/3, or about 0.667")."""
+    """The answer as it is written, without its option's letter or what it adds about its letters, or as the exact and
+    the rounded value that it gives ("2/3, or about 0.667")."""
     verdict = compared(wanted, found)
-    if verdict is not True and (option := _OPTION.match(found)) and not words.is_words(wanted):
-        return compared(wanted, found[option.end() :]) is True or verdict
+    if verdict is True:
+        return True
+    asked, option = _OPTION.match(wanted), _OPTION.match(found)
+    if asked and words.is_words(found):
+        return words.compared(re.sub(r"\W", "", asked[0]), found)
+    if (asked or option) and not words.is_words(wanted):
+        if asked and option and asked[0] != option[0]:
+            return verdict
+        bare = [text[match.end() :] if match else text for text, match in ((wanted, asked), (found, option))]
+        return compared(*bare) is True or verdict
+    (ours, clause), (theirs, other) = clauses.apart(wanted), clauses.apart(_REMARK.sub("", found))
+    if (ours, theirs) != (wanted, found):
+        if clauses.contrary(clause, other):
+            return "the answer's letters are of other numbers"
+        return compared(ours, clauses.renamed(ours, theirs, other)) is True or verdict
+    asked_bound, bound = clauses.bounded(wanted), clauses.bounded(found)
+    if asked_bound and bound and asked_bound[1] == bound[1]:
+        return compared(asked_bound[0], bound[0]) is True or verdict
     values = [value.strip(" ,()") for value in _ROUNDED.split(found)]
-    if verdict is True or len(values) < 2:
+    if len(values) < 2:
         return verdict
     return any(compared(wanted, value) is True for value in values if value) or verdict
 
@@ -95,7 +125,10 @@ def compared(wanted: str, found: str) -> bool | str:
         found = _BASE_TEN.sub("", found)
     if _closed_up(wanted) == _closed_up(found):
         return True
-    for rule in (_in_base, moments.compared, _as_numbers, _as_words, _as_ratios, _by_part):
+    wanted, found = written(wanted, found), written(found, wanted)
+    if _REALS.fullmatch(wanted) and _REALS.fullmatch(found):
+        return True
+    for rule in (_in_base, moments.compared, words.nothing, _unsolved, _as_numbers, _as_words, _as_ratios, _by_part):
         verdict = rule(wanted, found)
         if verdict is not None:
             return verdict
@@ -104,14 +137,22 @@ def compared(wanted: str, found: str) -> bool | str:
 
 def _closed_up(text: str) -> str:
     """Without spaces, but for those that tell "1, 234" from "1,234"."""
+    if _SUBSTANCE.fullmatch(text):
+        return re.sub(r"[\s_{}]", "", text)
     return re.sub(r"(?<!\d,)\s|\s(?!\d{3}(?!\d))", "", text)
 
 
 def _unnamed(wanted: str, found: str) -> tuple[str, str]:
     """Without the name of the value ("Area = 12") on one side where the other has none."""
+    if _FUNCTION.match(wanted) and _FUNCTION.match(found):
+        return _FUNCTION.sub("", wanted), _FUNCTION.sub("", found)
     if _RELATION.search(wanted) is None:
-        return wanted, _LABEL.sub("", _TURNED.sub(r"\1", found))
+        return wanted, _LABEL.sub("", _CALCULATION.sub("", _TURNED.sub(r"\1", found), 1))
     return (_LABEL.sub("", wanted) if _RELATION.search(found) is None else wanted), found
+
+
+def _unsolved(wanted: str, found: str) -> str | None:
+    return "the answer is an equation" if _UNSOLVED.fullmatch(found) and quantity(wanted) else None
 
 
 def _in_base(wanted: str, found: str) -> bool | str | None:
@@ -196,15 +237,18 @@ def _by_part(wanted: str, found: str) -> bool | str | None:
         return _each([*mine.values()], [yours[name] for name in mine])
     pairs, other = (mine, found) if mine else (yours, wanted)
     collected = parts.collection(other) if pairs else None
-    if not pairs or not collected or collected.kind != "tuple":
+    if not pairs or not collected or collected.kind not in ("tuple", "list"):
         return None
-    values = [pairs[name] for name in sorted(pairs)]
-    return _each(collected.items, values) if other is wanted else _each(values, collected.items)
+    values = [pairs[name] for name in (sorted(pairs) if collected.kind == "tuple" else pairs)]
+    verdict = _each(collected.items, values) if other is wanted else _each(values, collected.items)
+    if collected.kind == "list" and verdict is False and _in_any_order(collected.items, values) is True:
+        return "the order of the answer's parts is open"
+    return verdict
 
 
 def _by_collection(wanted: str, found: str) -> bool | str:
     """Lists and sets in any order, tuples, matrices and intervals in theirs; all else is one formula."""
-    wanted, found = _as_intervals(*map(parts.spelled, _unnamed(wanted, found)))
+    wanted, found = _as_intervals(*(parts.solutions(parts.spelled(side)) for side in _unnamed(wanted, found)))
     pieces = [[piece.strip() for piece in re.split(r"\\cup(?![a-z])", side)] for side in (wanted, found)]
     if all(len(side) > 1 for side in pieces):
         return _in_any_order(*pieces) is True or formulas.compared(wanted, found)

@@ -10,6 +10,7 @@ from r1distill.data.verify.quantities import quantity
 
 _LIST_WORDS = re.compile(
     r"\s*,?\s*(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])\s*|\s*;\s*|\s*\\(?:lor|vee|land|wedge)(?![a-z])\s*"
+    r"|\s*[或和及与]\s*"
 )
 _OPENING, _CLOSING = ("\\{", "(", "[", "{", "\\langle", "\\begin"), ("\\}", ")", "]", "}", "\\rangle", "\\end")
 _TOKEN = re.compile(r"\\[{}]|\\[a-zA-Z]+|\\.|[()\[\]{},]", re.S)
@@ -23,6 +24,8 @@ _NAMED = re.compile(rf"\s*({_NAME})\s*=\s*([^=<>]+)")
 _LABEL = re.compile(r"(?:^|(?<=[\s,;]))\(?([a-h]|i{1,3}|iv|v)\)\s*[:.]?\s*")
 _LABELS = (["a", "b", "c", "d", "e", "f", "g", "h"], ["i", "ii", "iii", "iv", "v"])
 _ROWS = re.compile(r"\\begin\s*\{ ?(cases|aligned|align\*?|gathered) ?\}(.*?)\\end\s*\{ ?\1 ?\}", re.S)
+_SYSTEM = re.compile(r"\\\{\s*\\begin\s*\{ ?array ?\}\s*\{[lcr ]*\}(.*?)\\end\s*\{ ?array ?\}(?!\s*\\\})", re.S)
+_PLUS_MINUS = "\\pm"
 _RELATION = r"(<|>|\\leq?(?![a-z])|\\geq?(?![a-z])|\\leqslant|\\geqslant|≤|≥|\\lt(?![a-z])|\\gt(?![a-z]))"
 _BOUND = r"([^<>=≤≥,]*?)"
 _VARIABLE = r"([A-Za-z])"
@@ -64,11 +67,16 @@ def spelled(text: str) -> str:
     text = text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}").replace("∪", "\\cup ").replace("∞", "\\infty ")
     text = re.sub(r"\\langle(?![a-z])|⟨", "(", re.sub(r"\\rangle(?![a-z])|⟩", ")", text))
     text = re.sub(r"\\varnothing(?![a-z])|∅|\\\{\s*\\\}", r"\\emptyset", text)
+    text = _SYSTEM.sub(r"\\begin{cases}\1\\end{cases}", text)
+    text = f"\\{{{text[1:-1]}\\}}" if re.fullmatch(r"\{.*,.*\}", text) and _closed(text) else text
     text = _ROWS.sub(lambda rows: re.sub(r"\s*\\\\\s*", ", ", rows[2].replace("&", "")).strip(" ,"), text)
     text = re.sub(r"^(?:all |the )*real numbers$", r"\\mathbb{R}", text)
+    text = re.sub(r"^(?:all |the )*real numbers(?: x)? (?:except|other than)(?: for)?(?: x =)? ", r"x \\neq ", text)
     text = _LIST_WORDS.sub(", ", text)
     text = re.sub(rf"^{_VARIABLE}(?:_\w)?\s*(?:\\in(?![a-z])|∈)\s*(?=[(\[\\])", "", text)
     text = text.replace("±", "\\pm ")
+    if text.count("\\pm") == 1 and text.startswith("(") and _closed(text) and "\\mp" not in text:
+        text = f"{text.replace(_PLUS_MINUS, '')}, {text.replace(_PLUS_MINUS, '-')}"
     if "\\pm" in text and not text.startswith(("(", "[")):
         inner = text[2:-2] if (braced := text.startswith("\\{") and text.endswith("\\}")) else text
         inner = ", ".join(map(_both_signs, split(inner)))
@@ -110,12 +118,26 @@ def _closed(text: str) -> bool:
     return False
 
 
+def solutions(text: str) -> str:
+    """ "x_1 = 2, x_2 = 5" and "x = 2, x = 5" as the values "2, 5"; any other text as it is."""
+    found = [_NAMED.fullmatch(item) for item in split(text)]
+    pairs = [match.groups() for match in found if match]
+    bases = {name.partition("_")[0].strip() for name, _ in pairs}
+    if len(pairs) < 2 or len(pairs) < len(found) or len(bases) > 1 or "(" in text:
+        return text
+    names = {name.replace("{", "").replace("}", "").replace(" ", "") for name, _ in pairs}
+    return ", ".join(value.strip() for _, value in pairs) if len(names) in (1, len(pairs)) else text
+
+
 def named(text: str) -> dict[str, str] | None:
     """ "a = 2, b = -3" and "(a, b) = (2, -3)" as {"a": "2", "b": "-3"}; x_1 and x_2 are two solutions."""
     left, equals, right = text.partition("=")
     names, values = collection(left.strip()), collection(right.strip())
     if equals and names and values and names.kind == values.kind == "tuple" and len(names.items) == len(values.items):
         return dict(zip(names.items, values.items, strict=True))
+    *chain, last = re.split(r"\s*=\s*", text)
+    if len(chain) > 1 and all(re.fullmatch(rf"\s*{_NAME}", name) for name in chain) and not collection(last):
+        return {name.strip(): last for name in chain}  # a = b = c = 1
     found = [_NAMED.fullmatch(item) for item in split(text)]
     pairs = {match[1].strip().lstrip("\\"): match[2].strip() for match in found if match}
     if len(pairs) != len(found) or len(pairs) < 2 or len({name.partition("_")[0].strip() for name in pairs}) == 1:
@@ -137,11 +159,21 @@ def ranges(text: str) -> tuple[str, str] | None:
     """(variable, intervals) of inequalities in one variable: "x \\le 2, x > 5" is (-\\infty, 2] \\cup (5, \\infty)."""
     if builder := _BUILDER.fullmatch(text):
         text = builder[1]
-    found = [_range(piece) for piece in re.split(r",|\\cup(?![a-z])", text)]
+    texts = re.split(r",|\\cup(?![a-z])", text)
+    found = [_range(piece) for piece in texts]
     pieces = [piece for piece in found if piece]
     if len(pieces) < len(found) or len({variable for variable, _ in pieces}) > 1:
         return None
+    points = [point[2] for piece in texts if (point := _EXCEPT.fullmatch(piece))]
+    if 0 < len(points) < len(pieces) == 2:
+        [(variable, interval)] = [piece for piece, one in zip(pieces, texts, strict=True) if not _EXCEPT.fullmatch(one)]
+        return variable, _without(interval, points[0])
     return pieces[0][0], _both([interval for _, interval in pieces])
+
+
+def _without(interval: str, point: str) -> str:
+    """An interval without a point that is taken out of it: "x > 0, x \\neq 1" is (0, 1) \\cup (1, \\infty)."""
+    return f"{interval.partition(',')[0]}, {point}) \\cup ({point},{interval.partition(',')[2]}"
 
 
 def _both(intervals: list[str]) -> str:

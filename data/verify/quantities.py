@@ -17,12 +17,33 @@ _BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
 _WRAPPER = re.compile(
     r"\\(?:text|text(?:bf|it|rm|sf|tt)|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mbox|operatorname|underline)\s*" + _BRACED
 )
+_ELSEWHERE = {
+    "tg": "tan",
+    "ctg": "cot",
+    "arctg": "arctan",
+    "arcctg": "arccot",
+    "cosec": "csc",
+    "sh": "sinh",
+    "ch": "cosh",
+}
+_FUNCTION = re.compile(
+    r"\\(?:(?:operatorname|mathrm|text|textrm)\s*\{\s*((?:arc)?(?:sin|cos|tan|cot|sec|csc|cosec|tg|ctg)h?|ln|log|lg|exp"
+    r"|[sc]h|gcd|lcm|max|min|det)\s*\}|((?:arc)?c?tg|cosec)(?![a-z]))\s*"
+)
+_DOTTED = re.compile(r"\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?|(?<=\.)(\d*)\((\d+)\)$")
+_GOING_ON = re.compile(r"(\d\.\d*?)(\d{1,3}?)\2{2,}\s*\\dots")  # 0.333...
+_BRACED_LIST = re.compile(r"\\(max|min|gcd|lcm)\s*\\\{([^{}]*)\\\}")
+_RUPEES = re.compile(r"\b(?:Rs\.?|INR)\s*(?=\d)")
 _FULL_WIDTH = {0xFEE0 + code: code for code in range(0x21, 0x7F)} | str.maketrans("、。　\u00a0−–", ",.  --")
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _ROOT = re.compile(r"([√∛])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
 # Units of one capital letter: once their \\text is gone, they look like variables.
 _SYMBOLS = {"N": "newton", "J": "joule", "K": "kelvin", "W": "watt", "V": "volt", "T": "tesla", "L": "liter"}
-_SYMBOL = re.compile(r"([\d}](?:\s|\\[,;: !]|~)*)\\(?:text|mathrm|textrm)\s*\{\s*([NJKWVTL])\s*\}(?!\s*_)")
+_SYMBOL = re.compile(
+    r"([\d}](?:\s|\\[,;: !]|~)*)\\(?:text|mathrm|textrm)\s*"
+    r"\{(?:\s|~|\\[,;: ])*([NJKWVTL])(?![A-Za-z])([^{}]*)\}(?!\s*_)"
+)
+_BARE_SYMBOL = re.compile(r"(?<=\d) ?([NJKWVTL])(?![A-Za-z_^({])")
 _SPACING = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad\b|qquad\b|displaystyle\b|left(?![a-z])|right(?![a-z]))|~")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _FRACTION = r"\\frac\s*(?:\{\s*(?P<n>[-+]?\d+)\s*\}|(?P<n1>\d))\s*(?:\{\s*(?P<d>\d+)\s*\}|(?P<d1>\d+))"
@@ -37,7 +58,7 @@ _NUMBER = re.compile(
 )
 _UNIT = re.compile(
     r"(?P<percent>%|percent\b|percentage points?\b)?\s*"
-    r"(?P<name>[^\W\d_][^\d\\{}=<>+*|]*(?:\^ ?\{? ?[23] ?\}?)?|° ?[CF]?|[²³¢€£])?"
+    r"(?P<name>[^\W\d_](?:[^\d\\{}=<>+*|^]|\\cdot(?= ?[A-Za-z])|\^ ?\{? ?-?[1-4] ?\}?)*|° ?[CF]?|[²³¢€£])?"
 )
 # Words behind a number that are no unit of it: they change what is said.
 _NO_UNIT = re.compile(
@@ -45,7 +66,27 @@ _NO_UNIT = re.compile(
     r"|^(?:squared|cubed|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?)\b",
     re.I,
 )  # fmt: skip
-_SHORT = {"hz", "pa", "kn", "kj", "kw", "mw", "ev", "db", "ph", "kb", "mb", "gb", "tb", "ly", "au", "pc"}
+_SHORT = {
+    "hz",
+    "pa",
+    "kn",
+    "kj",
+    "kw",
+    "mw",
+    "ev",
+    "db",
+    "ph",
+    "kb",
+    "mb",
+    "gb",
+    "tb",
+    "ly",
+    "au",
+    "pc",
+    "sq",
+    "cu",
+    "of",
+}
 _LETTERS_IN_A_ROW = {"abcdefghijklmnopqrstuvwxyz"[place : place + 3] for place in range(24)}
 _CLOCK = re.compile(r"(\d{1,2})(?::00)? ?([ap])\.? ?m\.?|(\d{1,2}):00", re.I)
 _VULGAR = {"½": "1}{2", "⅓": "1}{3", "⅔": "2}{3", "¼": "1}{4", "¾": "3}{4", "⅕": "1}{5", "⅖": "2}{5", "⅗": "3}{5",
@@ -61,6 +102,13 @@ _IN_WORDS = re.compile(
     rf"(?:(?P<tens>{'|'.join(_TENS)})[- ]?)?(?P<ones>{'|'.join(reversed(_ONES))})?(?P<rest>\s.*)?",
     re.I,
 )
+
+
+_PARTS = {
+    "half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
+    "tenth": 10,
+}  # fmt: skip
+_PART = re.compile(rf"(?:(an?|{'|'.join(_ONES[1:10])})[ -])?({'|'.join(_PARTS)})s?", re.I)
 
 
 @dataclass(frozen=True)
@@ -83,8 +131,12 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<!\\)\\[\[\]()]|(?<!\\)\$\$", " ", text)
     text = re.sub(r"\\(?:text)?color\s*\{\s*\w+\s*\}", "", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\degree(?![a-z])|\\deg\b", "°", text)
+    text = re.sub(r"\\(?:ldots|cdots|dotsc)(?![a-z])|…|(?<!\.)\.\.\.(?!\.)", r"\\dots ", text)
+    text = _FUNCTION.sub(lambda name: f"\\{_ELSEWHERE.get(name[1] or name[2], name[1] or name[2])} ", text)
+    text = _BRACED_LIST.sub(r"\\\1(\2)", _GOING_ON.sub(r"\1\\overline{\2}", text))
+    text = _RUPEES.sub("₹", _DOTTED.sub(_repeating, text))
     text = _QUOTIENT.sub(r" \1/\2 ", text)
-    text = _SYMBOL.sub(lambda symbol: f"{symbol[1]} {_SYMBOLS[symbol[2]]} ", text)
+    text = _SYMBOL.sub(lambda symbol: f"{symbol[1]} {_SYMBOLS[symbol[2]]}{symbol[3]} ", text)
     while (bare := _WRAPPER.sub(r" \1 ", text)) != text:
         text = bare
     text = re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", ",", text)  # 12\,000
@@ -92,6 +144,13 @@ def tidy(text: str) -> str:
     text = text.replace("\0", r"\{").replace("\1", r"\}")
     text = re.sub(r"^\$(.*[^\d\s].*|[^$]*)\$$", r"\1", text.strip(), flags=re.S)
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """0.1\\dot{6} and 0.1(6) as 0.1\\overline{6}."""
+    if match[5]:
+        return rf"{match[4]}\overline{{{match[5]}}}"
+    return rf"\overline{{{match[1]}{match[2] or ''}{match[3] or ''}}}"
 
 
 def _in_latex(text: str) -> str:
@@ -108,6 +167,9 @@ def quantity(tidied: str) -> Quantity | None:
     text = re.sub(r"^[A-Za-z]\s*=\s*(?=[-+$\d.\\])", "", tidied)  # x = 5
     if clock := _CLOCK.fullmatch(text):
         return Quantity(Fraction(int(clock[1] or clock[3])), unit=Unit(f"{clock[2].lower()}m" if clock[2] else ""))
+    if part := _PART.fullmatch(text):
+        ones = _ONES.index(part[1].lower()) if part[1] and part[1].lower() in _ONES else 1
+        return Quantity(Fraction(ones, _PARTS[part[2].lower().rstrip("s")]))
     match = _NUMBER.fullmatch(_in_digits(text))
     if match is None or len(text) > 200:
         return None
@@ -130,9 +192,19 @@ def quantity(tidied: str) -> Quantity | None:
     return Quantity(value * sign, bool(rest["percent"]), scale, named, decimals)
 
 
+def written(text: str, other: str) -> str:
+    """ "10 N" as "10 newton" where the ``other`` answer's unit is the newton: a bare letter may be a variable."""
+    match = _BARE_SYMBOL.search(text)
+    if match is None or (name := _SYMBOLS[match[1]]) not in other:
+        return text
+    return f"{text[: match.start()]} {name}{text[match.end() :]}"
+
+
 def _is_unit(match: re.Match[str], name: str) -> bool:
     """Whether what stands behind a number is its unit: "5x" and "5 x" are algebra, "12 or more" says something else."""
-    glued = name[:1].isalpha() and match.group()[: match.start("unit") - match.start()][-1:] != " "
+    glued = (
+        name[:1].isascii() and name[:1].isalpha() and match.group()[: match.start("unit") - match.start()][-1:] != " "
+    )
     return not (glued and len(name) < 2) and (not name or is_unit(name))
 
 
@@ -214,7 +286,11 @@ def equal(reference: Quantity, answer: Quantity) -> bool | None:
 def _name(quantity: Quantity) -> str:
     """What names a unit: its measure and size where they are known."""
     unit = quantity.unit
-    return f"{unit.measures} {unit.size}" if unit.measures else unit.name or "%" * quantity.percent
+    return (
+        f"{unit.measures} {unit.size}"
+        if unit.measures
+        else re.sub(r"(?:\\cdot|[\s·*-])+", " ", unit.name.partition(" of ")[0]) or "%" * quantity.percent
+    )
 
 
 def _same_number(reference: Quantity, answer: Quantity) -> bool:

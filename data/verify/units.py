@@ -27,16 +27,23 @@ _UNITS: dict[str, tuple[dict[str, int], Fraction | int]] = {
 }  # fmt: skip
 _ALIASES = {
     "degree": "°", "deg": "°", "dollar": "$", "usd": "$", "buck": "$", "cent": "¢", "penny": "¢", "pennie": "¢",
-    "euro": "€", "eur": "€", "yen": "¥", "rupee": "₹", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft",
+    "euro": "€", "eur": "€", "yen": "¥", "yuan": "¥",
+    "rmb": "¥", "rupee": "₹", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft",
     "yard": "yd", "mile": "mi", "millimeter": "mm", "millimetre": "mm", "centimeter": "cm", "centimetre": "cm",
     "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "hour": "h", "hr": "h", "minute": "min",
     "second": "s", "sec": "s", "milligram": "mg", "gram": "g", "kilogram": "kg", "pound": "lb", "ounce": "oz",
     "liter": "l", "litre": "l", "milliliter": "ml", "millilitre": "ml", "gallon": "gal", "quart": "qt", "pint": "pt",
     "yr": "year", "mo": "month", "wk": "week",
 }  # fmt: skip
+_IN_CHINESE = {
+    "平方": "square ", "立方": "cubic ", "千米": "km", "公里": "km", "厘米": "cm", "毫米": "mm", "分米": "dm",
+    "米": "m", "千克": "kg", "公斤": "kg", "克": "g", "小时": "h", "分钟": "min", "秒": "s", "天": "day", "毫升": "ml",
+    "升": "l", "元": "¥", "度": "°",
+}  # fmt: skip
+_CHINESE = re.compile("|".join(_IN_CHINESE))
 _SHORT = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3, "²": 2, "³": 3}
-_TOKEN = re.compile(r"/|\^ ?\{? ?(?P<power>[23]) ?\}?|[²³]|° ?[cf]?\b|[$¢€£¥₹°]|[a-z]+\.?|[·*-]")
+_TOKEN = re.compile(r"/|\^ ?\{? ?(?P<power>-?[1-4]) ?\}?|[²³]|° ?[cf]?\b|[$¢€£¥₹°]|[a-z]+\.?|[·*-]")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ NONE = Unit()
 @lru_cache(maxsize=4096)
 def unit(text: str) -> Unit:
     """The unit that a phrase names: "cm^2", "square inches", "miles per hour", "km/h", "$"."""
+    text = text if text.isascii() else _CHINESE.sub(lambda name: _IN_CHINESE[name[0]], text)
     words = " ".join(_singular(word) if word.isalpha() else word for word in text.lower().split())
     if not words:
         return NONE
@@ -71,7 +79,7 @@ def unit(text: str) -> Unit:
             size *= Fraction(last[1]) ** (power * sign)
 
     position = 0
-    phrase = re.sub(r"\bper\b", "/", _SHORT.get(words, words))
+    phrase = re.sub(r"\bper\b", "/", _SHORT.get(words, words).replace("\\cdot", "·"))
     for match in _TOKEN.finditer(phrase):
         if phrase[position : match.start()].strip():
             return Unit(words)
