@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from r1distill.data import models
 from r1distill.data.config import ROOT, load
 from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.settings import Benchmark
@@ -22,6 +23,7 @@ from r1distill.pipeline import checkup, evaluation, stageplan
 from r1distill.pipeline.evaluation import Contender
 from r1distill.pipeline.metrics import summary
 from r1distill.pipeline.run import Run
+from r1distill.students.catalogue import Student
 from r1distill.students.template import TEMPLATES
 from r1distill.teacher.serve import LlamaSpec
 from r1distill.teacher.settings import Client, EndpointTeacher, RecordedTeacher, Sampling
@@ -328,3 +330,16 @@ def test_a_gated_benchmark_says_where_to_ask_for_it(tmp_path, hub):
     assert code == 2, errors
     assert "huggingface.co/datasets/livecodebench/code_generation_lite and set HF_TOKEN" in errors
     assert json.loads(output)["exit_code"] == 2
+
+
+@pytest.mark.soak
+def test_a_model_of_the_hub_is_fetched_served_and_scored_at_its_commit(tmp_path, hub):
+    folder = models.materialise(load("students", "smollm2-135m", Student).base, tmp_path)
+    repo = hub.add("models", "alice/small", {file.name: file.read_bytes() for file in folder.iterdir()})
+    (tmp_path / "few.yaml").write_text("extends: arithmetic\nlimit: 2\nk: 1\nmax_tokens: 8\n")
+    code, output, errors = from_hub(tmp_path, hub, "--model", "alice/small", "--benchmarks", "few.yaml")
+    assert code == 0, errors
+    found = json.loads(output)
+    assert found["runtime"] == "vllm" and found["revision"] == f"alice/small@{repo.id()}"
+    row = found["benchmarks"]["few"]["models"]["model"]
+    assert (row["questions"], row["mean_tokens"]) == (2, 8)
