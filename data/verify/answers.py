@@ -12,9 +12,9 @@ from r1distill.data.verify.quantities import NUMBERS_IN_WORDS, compound, is_unit
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _MOST_NESTED = 50
 _MARKER = re.compile(
-    r"(?:^[\W_]*(?:(?:the|my|original)\s+)?(?:final\s+)?answer(?:\s*\([^)\n]*\))?[\s*_]*[:：][\s*_]*|^\s*#{3,4}\s+(?=[-$\d]))"
+    r"(?:^[\W_]{0,20}(?:(?:the|my|original)\s+)?(?:final\s+)?answer(?:\s*\([^)\n]*\))?[\s*_]*[:：][\s*_]*|^\s*#{3,4}\s+(?=[-$\d]))"
     r"|\b(?:the\s+)?(?:final\s+|correct\s+)?(?:answer|option|choice)\s+is\b[\s*_]*[:：]?[\s*_]*"
-    r"|(?:答案[\s*_]*(?:[是为选]|[:：])|故选|^[\W_]*答\s*[:：])[\s*_]*[:：]?[\s*_]*",
+    r"|(?:答案[\s*_]*(?:[是为选]|[:：])|故选|^[\W_]{0,20}答\s*[:：])[\s*_]*[:：]?[\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.S | re.I)

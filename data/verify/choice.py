@@ -24,8 +24,8 @@ _SAYS = r"\b(?:answer|choice|option)s?(?: here| to (?:the|this) question)? (?:is
 _SENTENCE = re.compile(
     rf"{_SAYS}[\s*_]*[:：]?(?P<said>(?:(?!{_SAYS})[^\n])*)"
     r"|\b(?:i|we) (?:would )?(?:choose|pick|select)(?P<picked>[^\n]*)"
-    r"|(?:^|[.,;:!] +)(?P<subject>[*_]*(?:option|choice|answer)? ?\(?[*_]*[A-J][*_]*\)?[*_]*) is (?:the )?"
-    r"(?:correct|right|best)\b"
+    r"|(?:^|[.,;:!] +)(?P<subject>[*_]{0,3}(?:option|choice|answer)? ?\(?[*_]{0,3}[A-J][*_]{0,3}\)?[*_]{0,3}) is "
+    r"(?:the )?(?:correct|right|best)\b"
     r"|(?:(?:答案|选项)[ *]*(?:应?[是为选]|[:：])|(?<![不未能])(?:故选|应选|因此选|所以选|，选))[ :：*]*"
     r"(?P<chosen>[^\n]*)",
     re.I | re.M,

@@ -8,12 +8,13 @@ _DOMAIN = (
     r"(?:\\(?:mathbb|mathbf|Bbb)\s*\{?\s*[ZNRQC]\s*\}?|[ZNRQCℤℕℝℚℂ])"
     r"(?:\s*[\^_]\s*(?:\{\s*[*+]\s*\}|[*+])|[*+])?(?![\w(\[])"
 )
-_MEMBER = rf"(?<![A-Za-z\\])[A-Za-z](?:\s*,\s*[A-Za-z])*\s*(?:\\in(?![a-z])|∈)\s*{_DOMAIN}"
+_IN = rf"\s*(?:\\in(?![a-z])|∈)\s*{_DOMAIN}"
 # With one of these a clause chooses between values: it is left where it is.
 _PLAIN = r"(?:(?!\b(?:for|and|or|if|except|unless|but|odd|even|prime|otherwise|when|where)\b)[^=;])*"
 _ANY = r"\b(?:integers?|reals?|constants?|arbitrary|any|natural|parameters?)\b"
 _CLAUSE = re.compile(
-    rf"[\s,;:]*\(?\s*(?:(?:for|where|with|\\forall|∀)?\s*(?:(?:all|any|every|each|some)\s+)?{_MEMBER}"
+    rf"[\s,;:]*\(?\s*(?:(?<![\w\\}}])[A-Za-z]{_IN}"
+    rf"|(?:for|where|with|\\forall|∀)\s*(?:(?:all|any|every|each|some)\s+)?[A-Za-z](?:\s*,\s*[A-Za-z])*{_IN}"
     rf"|for\s+(?:all|any|every|each|some)\b(?!\s*\d){_PLAIN}"
     rf"|(?:for|where|with\s+[A-Za-z])\b(?=[^=<>\d]*{_ANY}){_PLAIN})\s*\)?$"
 )

@@ -51,6 +51,13 @@ def examine(response, reference="B", question=QUESTION, choices=None):
         "B",
         "(b)",
         "**B**",
+        "So the answer should be B.",
+        "**Answer**\nB",
+        "<answer>B</answer>",
+        "\\boxed{\\text{B}: 10 N}",
+        "故选：B",
+        "因此，正确答案是 **B**。",
+        "综上，选 B。",
     ],
 )
 def test_ways_of_naming_a_choice(response):
@@ -121,3 +128,9 @@ def test_verify_takes_the_choices_from_a_column(tmp_path):
     verify(tmp_path / "in.parquet", tmp_path / "out", {}, "choice", VerdictSettings(workers=1))
     found = pq.read_table(tmp_path / "out" / "verdicts.parquet")["correctness"].to_pylist()
     assert found == ["pass", "fail", "unverifiable"]
+
+
+def test_several_letters_are_one_answer_in_every_way_of_writing_them():
+    for response in ("\\boxed{AC}", "The correct options are A and C.", "答案：AC"):
+        assert examine(response, "A, C").outcome == examine(response, "AC").outcome == "pass"
+        assert examine(response, "A").outcome != "pass"

@@ -260,6 +260,7 @@ def test_the_sandbox_dies_with_the_process_that_asked_for_it():
         (fenced(ADD) + fenced("print(add(1, 2))"), ("add",), ADD),
         (fenced(ADD) + fenced("print(add(1, 2))"), ("other",), "print(add(1, 2))"),
         (fenced("x = 1") + fenced("1 2\n", "text"), (), "x = 1"),
+        (fenced("print(input())") + fenced("print('an example')"), (), "print(input())"),
         ("1. So:\n\n   ```py\n   if x:\n       y()\n   ```", (), "if x:\n    y()"),
         ("~~~python\nx = '```'\n~~~", (), "x = '```'"),
         ("```python\nx = 1", (), "x = 1"),

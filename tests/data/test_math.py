@@ -150,3 +150,14 @@ def test_no_answer_is_not_a_wrong_answer():
     assert examine("I am not sure.", "5").outcome != "pass"
     assert examine("\\boxed{5}", "").outcome == "unverifiable"
     assert examine("\\boxed{" + "x+" * 2000 + "1}", "5").outcome == "unverifiable"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["\0" * 9, "{" * 10**6, "}" * 10**6, "\\boxed{" * 2000, "\\boxed{" * 400 + "5" + "}" * 400, "\n" * 10**6, "<answer>" * 10**5,
+     "*" * 10**5, "x = 1 and " * 10**4, "\\boxed{" + ", " * 400 + "}", "\\boxed{" + "\\pm" * 300 + "1}", "\\boxed{1e999999999}"],
+    ids=lambda text: repr(text[:12]),
+)  # fmt: skip
+def test_damaged_responses_are_no_answer(damaged):
+    for reference in ("5", "x^2+1", "yes", "[0, 1)"):
+        assert examine(damaged, reference).outcome != "pass"
