@@ -27,7 +27,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console(soft_wrap=True, highlight=False)
+# In a file, tables are as wide as they need; rich would take a terminal of 80 columns.
+WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+out = Console(soft_wrap=True, highlight=False, width=WIDTH)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 StudentName = Annotated[str, typer.Option("--student", help="A name from configs/students, or a YAML file.")]
@@ -413,6 +415,7 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # our libraries' bars too; a log file has no use for them
     warnings.simplefilter("ignore", SyntaxWarning)  # of libraries that Python compiles on their first import
     logging.getLogger("DeepSpeed").disabled = True  # it writes to standard output, where --json answers
+    logging.getLogger("huggingface_hub").propagate = False  # it writes to standard error itself
     logging.basicConfig(level=os.environ.get("R1DISTILL_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
     try:
         app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -167,7 +168,7 @@ def _show_tables(benchmarks: dict[str, Any], out: Console) -> None:
     for name, bench in benchmarks.items():
         out.print()
         table = _table(
-            "model", "pass@1", "95% interval", "cons", "asked", "cut off", "loops", "tokens", "size", "runtime",
+            "model", "pass@1", "95% interval", "cons", "asked", "cut off", "loops", "tokens", "size",
             right=("pass@1", "95% interval", "cons", "asked", "cut off", "loops", "tokens", "size"),
             title=f"{bench['title']} ({name}): mean of k samples",
         )  # fmt: skip
@@ -183,7 +184,6 @@ def _show_tables(benchmarks: dict[str, Any], out: Console) -> None:
                 _percent(row["looped"]),
                 "–" if row["mean_tokens"] is None else f"{row['mean_tokens']:.0f}",
                 _bytes(row["size_bytes"]),
-                row["runtime"],
             )
         out.print(table)
         for line in differences(bench):
@@ -256,12 +256,13 @@ def rank(model: str) -> tuple[int, str]:
 def _next(run: Run, done: list[Done]) -> list[str]:
     """What to type next, from where this run ended."""
     last = done[-1]
+    typed = sys.argv[0] if Path(sys.argv[0]).name == "r1distill" else "r1distill"  # it may lie outside PATH
     lines = ["Next:"]
     if last.step.stage.name == "publication":
         lines += [
             f"  read the model card          {last.artifact.path}/model/README.md",
-            f"  list what would be uploaded  r1distill publish {last.artifact.path}",
-            f"  upload it (private)          HF_TOKEN=… r1distill publish {last.artifact.path} --to hub",
+            f"  list what would be uploaded  {typed} publish {last.artifact.path}",
+            f"  upload it (private)          HF_TOKEN=… {typed} publish {last.artifact.path} --to hub",
         ]
     else:
         names = [f"STUDENT={run.student.name}", *([f"VIA={run.via.student.name}"] if run.via else [])]
@@ -270,7 +271,7 @@ def _next(run: Run, done: list[Done]) -> list[str]:
         lines.append(f"  go on                        make distill {' '.join(names)}")
     traces = next((item.artifact.path for item in done if item.step.stage.name == "traces"), None)
     if traces:
-        lines.append(f"  look at the traces           r1distill inspect {traces}   (or data/notebooks/traces.ipynb)")
+        lines.append(f"  look at the traces           {typed} inspect {traces}   (or data/notebooks/traces.ipynb)")
     lines.append("  size up a real student       make plan STUDENT=qwen-14b HARDWARE=8xh200")
     return lines
 
