@@ -71,6 +71,7 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Run the whole chain: prompts, traces, verdicts, dataset, packs, checkpoint, variants, scores, publication."""
+    from r1distill.data.errors import RequestError
     from r1distill.pipeline import guards, report, runner
     from r1distill.pipeline.run import Run
 
@@ -79,6 +80,8 @@ def distill(
         report.show_chain(runner.chain(run, until), out, as_json)
         return
     _check_to(to)
+    if to == "hub" and (pilot is not None or until not in (None, "publication")):
+        raise RequestError("--to hub uploads the publication: leave out --until and --pilot, which stop before it.")
     if pilot is not None:
         until = "prompts"
     guards.check(run, runner.stage_names(until) if pilot is None else guards.PILOT)

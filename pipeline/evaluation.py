@@ -7,6 +7,7 @@ so a killed evaluation asks and judges nothing twice.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -297,7 +298,9 @@ def folder_spec(
     settings: dict[str, Any] = {"max-model-len": context_tokens(wanted), **options}
     if other is not None:
         file = home / f"{'thinking' if opens else 'plain'}_template.jinja"
-        file.write_text(other, encoding="utf-8")
+        ours = file.with_suffix(f".{os.getpid()}")
+        ours.write_text(other, encoding="utf-8")
+        ours.rename(file)  # never half-written for another run's server
         settings["chat-template"] = str(file)
     return VllmSpec(model=str(folder), served_name=name, options=settings), opens
 

@@ -29,7 +29,7 @@ def of_variants(
     a time as were asked for; None where it was not served."""
     cache = footprint.of_architecture(student.name, student.architecture).kv_bytes_per_token
     tokens = min(LONG_TOKENS, student.architecture.max_position)
-    recovered = {gate["model"]: gate["value"] for gate in gates if gate["name"] == "recovered accuracy"}
+    recovered = {gate["model"]: gate.get("value") for gate in gates if gate["name"] == "recovered accuracy"}
     runtimes = {one.name: one.runtime for one in served}
     return {
         name: {

@@ -106,7 +106,9 @@ def main(job: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     if rank == 0:
-        (out / PROBES).write_text(json.dumps(probes(student, tokenizer, dataset), ensure_ascii=False), encoding="utf-8")
+        unfinished = out / ".work" / PROBES
+        unfinished.write_text(json.dumps(probes(student, tokenizer, dataset), ensure_ascii=False), encoding="utf-8")
+        unfinished.rename(out / PROBES)
     references: dict[int, Reference] = {}
     for name in job["variants"]:
         try:

@@ -29,12 +29,14 @@ def ordered(
     """Yield (input, function(*input)) in the order of the inputs; where a call hangs, dies or raises, why as a string.
 
     A call that exceeds ``timeout_seconds`` (a number, or what gives it for an input) is killed with its process; the
-    others go on. ``function`` is importable.
+    others go on. One that hung or died is tried once more: a machine that was busy, or out of memory, is no reason to
+    give it up. ``function`` is importable.
     """
     source = enumerate(inputs)
     drawn: deque[tuple[int, A]] = deque()  # and not yet yielded
     todo: deque[tuple[int, A]] = deque()
     done: dict[int, R | str] = {}
+    stopped: set[int] = set()  # those that a worker was stopped by
     pool = [_Worker(function) for _ in range(workers)]
     try:
         more = True
@@ -53,7 +55,7 @@ def ordered(
             _collect(pool, done, timeout_seconds, waiting=drawn[0][0] not in done)
             for place, worker in enumerate(pool):
                 if worker.stopped is not None:
-                    pool[place] = worker.replaced(function, done, todo)
+                    pool[place] = worker.replaced(function, done, todo, stopped)
             for _ in range(BATCH):
                 if drawn and drawn[0][0] in done:
                     number, one_input = drawn.popleft()
@@ -123,8 +125,10 @@ class _Worker:
         except (EOFError, OSError):
             self.stopped = "the verifier died"
 
-    def replaced(self, function: Callable[..., Any], done: dict[int, Any], todo: deque[tuple[int, Any]]) -> _Worker:
-        """A fresh worker; the input that stopped this one is done with, the others of its are asked again."""
+    def replaced(
+        self, function: Callable[..., Any], done: dict[int, Any], todo: deque[tuple[int, Any]], stopped: set[int]
+    ) -> _Worker:
+        """A fresh worker. All that this one had are asked again, but for an input that has stopped two."""
         self.kill()
         if not self.ready:
             raise R1DistillError(
@@ -132,9 +136,11 @@ class _Worker:
                 "expected a function that can be imported and enough memory for math-verify."
             )
         if self.asked:
-            place = self.unsent
-            done[self.asked[place][0]] = self.stopped
-            del self.asked[place]
+            number, _ = self.asked[place := self.unsent]
+            if number in stopped:
+                done[number] = self.stopped
+                del self.asked[place]
+            stopped.add(number)
         todo.extendleft(reversed(self.asked))
         return _Worker(function)
 

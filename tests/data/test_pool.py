@@ -54,6 +54,14 @@ def _here_alone(number):
     return number
 
 
+def test_one_that_died_is_tried_once_more(tmp_path):
+    """What killed it may have been the machine; what dies again did it itself."""
+    once = f"mkdir {tmp_path}/once 2> /dev/null && kill -{int(signal.SIGKILL)} $PPID"
+    twice = f"mkdir {tmp_path}/twice 2> /dev/null && sleep 60 || exit 3"
+    inputs = [("true",), (once,), ("false",), (twice,)]
+    assert [result for _, result in pool.ordered(os.system, inputs, 1, 1)] == [0, 256, 256, 3 << 8]
+
+
 def test_results_that_a_dying_worker_had_not_sent_are_made_again():
     """The quick ones before a death are asked again; the one that it died of is known."""
     kill = f"kill -{int(signal.SIGKILL)} $PPID"

@@ -34,6 +34,7 @@ def r1distill(*arguments: str, home: Path, **variables: str) -> subprocess.Compl
         (["distill", "--teacher", "embeded"], ["Did you mean 'embedded'"]),
         (["distill", "--prompts", "arithmetics"], ["Did you mean 'arithmetic'"]),
         (["distill", "--hardware", "8xh10"], ["Did you mean '8xh100'"]),
+        (["distill", "--until", "packs", "--to", "hub"], ["--to hub uploads the publication", "leave out --until"]),
         (["distill", "--until", "trace"], ["there is no stage 'trace'", "Did you mean 'traces'"]),
         (["distill", "--set", "student.sft.epoch=3"], ["--set sft.epoch", "Did you mean 'epochs'"]),
         (["distill", "--set", "student.sft.epochs=many"], ["sft.epochs", "found 'many'"]),

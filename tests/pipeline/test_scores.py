@@ -79,6 +79,12 @@ def test_a_variant_is_held_against_the_checkpoint_on_the_questions_that_it_was_a
     assert failed(gated(run(), base + teacher + student + answers("q4", "cc", "ct"))) == {"q4"}
 
 
+def test_beside_a_checkpoint_that_answers_nothing_a_variant_shows_nothing():
+    rows = [row for model in ("student", "q4") for row in answers(model, "ww", "ww")]
+    (gate,) = [gate for gate in gated(run(), rows) if not gate["passed"]]
+    assert gate["model"] == "q4" and "nothing is shown" in gate["message"]
+
+
 def test_the_checkpoint_fails_below_its_gain_or_its_share_of_the_teacher():
     base, teacher = answers("base", "ww", "cw"), answers("teacher", "cc", "cc")
     student, variant = answers("student", "cc", "ww"), answers("q4", "cc", "ww")
