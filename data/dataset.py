@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +109,3 @@ def _write_parquet(out: Path) -> None:
     for name in SPLITS:  # an empty split makes no file, and is not in the card: the Hub's viewer would fail on it
         table = schema.read(out / name, schema.TRAINING_ROW)
         parquet.write(table.to_batches(parquet.ROWS_PER_GROUP), schema.TRAINING_ROW, out / "parquet", name)
-
-
-def rows_of(dataset: Path, split: str) -> Iterator[dict[str, Any]]:
-    """The training rows of one split of a dataset artifact."""
-    yield from schema.rows(schema.read(dataset / split, schema.TRAINING_ROW))

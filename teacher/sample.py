@@ -35,32 +35,15 @@ from r1distill.teacher.order import (
 )
 from r1distill.teacher.reply import Outcome, Reply, outcome
 from r1distill.teacher.serve import Endpoint
-from r1distill.teacher.settings import Client, Continue, Drop, Sampling
+from r1distill.teacher.settings import Client, Continue, Drop
 
-__all__ = ["Order", "Request", "Requests", "ask", "pending", "rows", "sample"]
+__all__ = ["Order", "Request", "Requests", "ask", "pending", "rows"]
 
 LONGEST_BACKOFF_SECONDS = 60.0
 COST_STEP = Decimal("1e-9")  # US dollars, as the traces table holds them
 FEWEST_FAILURES_TO_GIVE_UP = 20  # in a row; never fewer than there are requests in flight
 
 Round = Callable[[Order, Ledger, Collection[str]], Iterator[tuple[int, list[Call]]]]
-
-
-def sample(
-    endpoint: Endpoint,
-    requests: Requests,
-    sampling: Sampling,
-    ledger: Ledger,
-    client: Client,
-    *,
-    identity: dict[str, Any],
-    opens_thinking: bool = False,
-    title: str = "sampling",
-) -> Iterator[dict[str, Any]]:
-    """Ask for what the ledger lacks, then return an iterator over one TRACE row for each request, in their order."""
-    order = Order(requests, sampling, identity, opens_thinking)
-    ask(order, endpoint, ledger, client, title)
-    return rows(order, ledger)
 
 
 def pending(order: Order, ledger: Ledger) -> bool:

@@ -12,7 +12,6 @@ import pytest
 
 from r1distill.data import schema
 from r1distill.data.config import ROOT
-from r1distill.data.dataset import rows_of
 
 TRACES = ROOT / ".." / "shared" / "data" / "traces" / "mip_deepseek_r1.jsonl.gz"
 
@@ -44,7 +43,7 @@ def test_recorded_r1_traces_become_a_training_set(tmp_path):
     assert sum(len(split) for split in dataset.values()) == stages["dataset"]["kept"]
     questions = [{row["messages"][0]["content"] for row in split} for split in dataset.values()]
     assert not questions[0] & questions[1], "a question stands in two splits"
-    row = next(rows_of(Path(stages["dataset"]["path"]), "train"))
+    row = next(schema.rows(schema.read(Path(stages["dataset"]["path"]) / "train", schema.TRAINING_ROW)))
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
     assert len(row["messages"][1]["thinking"]) > 200
 

@@ -16,7 +16,7 @@ from r1distill.data.errors import R1DistillError, RequestError
 from r1distill.data.schema import TRACE
 from r1distill.teacher.ledger import Ledger, merge
 from r1distill.teacher.order import Share
-from r1distill.teacher.sample import Request, ask, pending, rows, sample
+from r1distill.teacher.sample import Order, Request, ask, pending, rows
 from r1distill.teacher.settings import Client, Price, Sampling
 
 
@@ -26,7 +26,8 @@ def states(order, ledger):
 
 def test_rows_come_in_order_and_have_all_that_a_trace_has(fake, ledger, order, client):
     wanted = order(["a", "b"], samples=2)
-    found = list(sample(fake.endpoint(), wanted.requests, wanted.sampling, ledger, client, identity=wanted.identity))
+    ask(wanted, fake.endpoint(), ledger, client)
+    found = list(rows(wanted, ledger))
     assert [(row["prompt_id"], row["sample"]) for row in found] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     row = found[0]
     assert row.keys() == set(TRACE.names)
@@ -329,7 +330,9 @@ def test_a_server_of_ours_is_brought_back_and_asked_again(fake, ledger, order, c
 
 def test_a_question_in_halves_of_characters_is_failed_or_answered_but_no_traceback(fake, ledger, client):
     requests = [Request("x", 0, [{"role": "user", "content": "a \ud83d b \u0000 𝟚"}])]
-    (row,) = sample(fake.endpoint(), requests, Sampling(max_tokens=5), ledger, client, identity={"revision": "r"})
+    order = Order(requests, Sampling(max_tokens=5), {"revision": "r"}, False)
+    ask(order, fake.endpoint(), ledger, client)
+    (row,) = rows(order, ledger)
     assert row["state"] == "done"
 
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from r1distill.data.errors import R1DistillError, RequestError
-from r1distill.teacher.sample import ask, rows, sample
+from r1distill.teacher.sample import Order, ask, rows
 from r1distill.teacher.serve import (
     Endpoint,
     LlamaSpec,
@@ -50,7 +50,8 @@ def test_a_gguf_file_is_served_sampled_and_gone(gguf, tmp_path, ledger, order, s
     with serving(spec(gguf, revision="r1"), tmp_path) as endpoint:
         assert (endpoint.model, endpoint.revision) == ("smol", "r1")
         wanted = order(["What is 2 + 2?", "Name a colour."], max_tokens=12, samples=2)
-        found = list(sample(endpoint, wanted.requests, wanted.sampling, ledger, FEW, identity=wanted.identity))
+        ask(wanted, endpoint, ledger, FEW)
+        found = list(rows(wanted, ledger))
         leader = int(endpoint.recover.__self__._watcher.pid)
         assert len(session(leader)) == 2
     assert {row["teacher"] for row in found} == {"smol"}
@@ -77,7 +78,9 @@ def test_a_chat_template_of_ours_is_used(gguf, tmp_path, ledger, order):
     ours = "{{ messages[-1]['content'] }} Answer:"
     with serving(spec(gguf, chat_template=ours), tmp_path) as endpoint:
         wanted = order(["2 + 2?"], max_tokens=1)
-        (row,) = sample(endpoint, wanted.requests, Sampling(max_tokens=1), ledger, FEW, identity={})
+        order = Order(wanted.requests, Sampling(max_tokens=1), {}, False)
+        ask(order, endpoint, ledger, FEW)
+        (row,) = rows(order, ledger)
     assert row["prompt_tokens"] < 10  # SmolLM2's own puts some 30 tokens of system prompt before the question
 
 
