@@ -115,7 +115,7 @@ def _ours(server: _Server, folder: Path, name: str, limit: int | None = None) ->
     """Seconds and accuracy."""
     from r1distill.data.settings import Benchmark
     from r1distill.data.sources import FileSource
-    from r1distill.pipeline.evaluation import Contender, answers
+    from r1distill.pipeline.evaluation import Contender, answers, asked
     from r1distill.pipeline.metrics import summary
     from r1distill.teacher.settings import Client, EndpointTeacher, Sampling
 
@@ -135,7 +135,8 @@ def _ours(server: _Server, folder: Path, name: str, limit: int | None = None) ->
     home = folder / name
     home.mkdir()
     began = time.perf_counter()
-    row = summary(answers([bench], [Contender("model", teacher, "1", None, True)], home, home))
+    order = asked([bench], [Contender("model", teacher, "1", None, True)])
+    row = summary(answers(order, home, home))
     return time.perf_counter() - began, row["accuracy"]
 
 
