@@ -43,6 +43,7 @@ _QUANTITY = re.compile(
 _INLINE = re.compile(
     r"\\\((?P<a>[^\n]+?)\\\)|\\\[(?P<b>.+?)\\\]|\$\$(?P<c>[^$]+)\$\$|(?<![\\\w])\$(?P<d>(?:\\[^\n]|[^$\\\n])+?)\$", re.S
 )
+_BRACE = re.compile(r"\\.|[{}]", re.S)
 _BOLD = re.compile(r"\*\*(?P<bold>[^*\n]+)\*\*")
 _OPTION = re.compile(r"\(?[A-J]\)?[).:]\s*\S")  # (B) 42
 _COLON = re.compile(r"\D*?(?<![-−–])(?<![-−–]\()(?P<pair>\d+\s?:\s?\d+(?:\s?[ap]\.?m\b\.?)?)\D*", re.I)  # 2:15 PM, 3:5
@@ -81,7 +82,8 @@ def final_answer(response: str, question: str = "") -> str | None:
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     """(start, end, content) of every complete outermost box; a nested box stands for its inner content."""
-    closings = _closings(text) if _BOX.search(text) else {}
+    first = _BOX.search(text)
+    closings = _closings(text, first.start()) if first else {}
     found = []
     position = 0
     while match := _BOX.search(text, position):
@@ -103,18 +105,19 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 def _is_cut(text: str) -> bool:
     """Whether the text ends within its last box."""
     start = [match.end() for match in _BOX.finditer(text)][-1]
-    return start == len(text) or (text[start] == "{" and start not in _closings(text))
+    return start == len(text) or (text[start] == "{" and start not in _closings(text, start))
 
 
-def _closings(text: str) -> dict[int, int]:
-    """Where each brace is closed, by where it opens; ``\\{`` and ``\\}`` are text."""
+def _closings(text: str, start: int) -> dict[int, int]:
+    """Where each brace from ``start`` on is closed, by where it opens; ``\\{`` and ``\\}`` are text."""
     opened: list[int] = []
     found = {}
-    for match in re.compile(r"\\.|[{}]", re.S).finditer(text):
-        if match.group() == "{":
-            opened.append(match.start())
-        elif match.group() == "}" and opened:
-            found[opened.pop()] = match.start()
+    for match in _BRACE.finditer(text, start):
+        place = match.start()
+        if text[place] == "{":
+            opened.append(place)
+        elif opened and text[place] == "}":
+            found[opened.pop()] = place
     return found
 
 

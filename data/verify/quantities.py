@@ -44,6 +44,7 @@ _SYMBOL = re.compile(
     r"\{(?:\s|~|\\[,;: ])*([NJKWVTL])(?![A-Za-z])([^{}]*)\}(?!\s*_)"
 )
 _BARE_SYMBOL = re.compile(r"(?<=\d) ?([NJKWVTL])(?![A-Za-z_^({])")
+_PLAIN = re.compile(r"(?:(?!Rs|INR|\.\.)[A-Za-z0-9\s,.:;=+/'<>-])*")  # nothing in it is dressing
 _SPACING = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad\b|qquad\b|displaystyle\b|left(?![a-z])|right(?![a-z]))|~")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _FRACTION = r"\\frac\s*(?:\{\s*(?P<n>[-+]?\d+)\s*\}|(?P<n1>\d))\s*(?:\{\s*(?P<d>\d+)\s*\}|(?P<d1>\d+))"
@@ -124,6 +125,14 @@ class Quantity:
 
 def tidy(text: str) -> str:
     """LaTeX and Markdown dressing removed, so that equal answers are more often equal strings."""
+    return _trimmed(text if _PLAIN.fullmatch(text) else _undressed(text))
+
+
+def _trimmed(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
+
+
+def _undressed(text: str) -> str:
     text = (text if text.isascii() else _in_latex(text)).replace(r"\%", "%")
     text = re.sub(r"\\([dtc]frac)(?![a-z])", r"\\frac", text.replace("**", "").replace("{,}", ",").replace("{:}", ":"))
     text = re.sub(r"(?<!\\)\\!", "", re.sub(r",\\! *", ",", text))
@@ -142,8 +151,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", ",", text)  # 12\,000
     text = _SPACING.sub(" ", text.replace(r"\$", "$").replace(r"\{", "\0").replace(r"\}", "\1"))
     text = text.replace("\0", r"\{").replace("\1", r"\}")
-    text = re.sub(r"^\$(.*[^\d\s].*|[^$]*)\$$", r"\1", text.strip(), flags=re.S)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".,;:").strip()
+    return re.sub(r"^\$(.*[^\d\s].*|[^$]*)\$$", r"\1", text.strip(), flags=re.S)
 
 
 def _repeating(match: re.Match[str]) -> str:

@@ -1,7 +1,10 @@
 """The mathematics verifier: what it must accept, what it must never accept, and where it must not decide."""
 
+import random
+
 import pytest
 
+from r1distill.data.verify import quantities
 from r1distill.data.verify.answers import final_answer
 from r1distill.data.verify.math import examine, reference_of
 
@@ -137,6 +140,15 @@ def test_what_only_a_unit_decides_stays_open(reference, answer):
 )
 def test_final_answer(response, question, answer):
     assert final_answer(response, question) == answer
+
+
+def test_what_has_no_dressing_is_tidied_as_if_it_had():
+    """The short way of plain answers gives what the long one does."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abxRsINR0123456789 ,.:;=+/'<>-\n", k=draw.randrange(12))) for _ in range(5000)]
+    plain = [text for text in texts if quantities._PLAIN.fullmatch(text)]
+    assert 4000 < len(plain) < 5000
+    assert [quantities.tidy(text) for text in plain] == [quantities._trimmed(quantities._undressed(t)) for t in plain]
 
 
 def test_references_give_what_follows_their_mark():
