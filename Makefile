@@ -134,7 +134,8 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@mkdir -p .mypy_cache/root && ln -sfn ../.. .mypy_cache/root/r1distill
-	@cd .mypy_cache/root && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p r1distill
+	@cd .mypy_cache/root && export MYPYPATH=. && mypy=(../../$(BIN)/mypy --config-file ../../pyproject.toml) && \
+	"$${mypy[@]}" -p r1distill && "$${mypy[@]}" ../../tests/bench/*.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

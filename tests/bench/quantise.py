@@ -32,7 +32,8 @@ def measure() -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = _checkpoint(student, home, Path(scratch) / "checkpoint")
         for name in KINDS:
-            ours, peers = [], []
+            ours: list[float] = []
+            peers: list[float] = []
             for number in range(ROUNDS + 1):  # the first loads the libraries
                 for times, work in ((ours, _ours), (peers, _plain))[:: 1 if number % 2 else -1]:
                     folder = Path(scratch) / f"{name}-{number}"

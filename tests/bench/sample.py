@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def _ask(server: _Server, folder: Path, questions: list[str], in_flight: int) ->
     return seconds
 
 
-def _in_slots(server: _Server, questions: list[str], in_flight: int) -> Awaitable[None]:
+def _in_slots(server: _Server, questions: list[str], in_flight: int) -> Coroutine[Any, Any, None]:
     """The peer at its best: as many workers as slots."""
 
     async def run(one: Callable[[str], Awaitable[None]]) -> None:
@@ -133,7 +133,7 @@ def _in_slots(server: _Server, questions: list[str], in_flight: int) -> Awaitabl
     return _with_openai(server, run)
 
 
-def _in_batches(server: _Server, questions: list[str]) -> Awaitable[None]:
+def _in_batches(server: _Server, questions: list[str]) -> Coroutine[Any, Any, None]:
     """The peer as it is used: batches that are waited for as a whole, as many at a time as fill the slots."""
 
     async def run(one: Callable[[str], Awaitable[None]]) -> None:

@@ -26,10 +26,12 @@ from math_verify import parse, verify
 from sympy.core.cache import clear_cache
 
 from r1distill.data.config import ROOT
+from r1distill.data.settings import VerdictSettings
 from r1distill.data.thinking import split_thinking
-from r1distill.data.verdicts import Item, VerdictSettings, judge
+from r1distill.data.verdicts import judge
 from r1distill.data.verify.check import Finding
 from r1distill.data.verify.math import examine
+from r1distill.data.verify.verifiers import Item
 
 FILE = ROOT.parent / "shared" / "data" / "traces" / "mip_deepseek_r1.jsonl.gz"
 ROUNDS = 3
