@@ -265,6 +265,7 @@ def _suited_to_cpu() -> Iterator[None]:
     the libraries' objects, where reference counts and the collector's own rounds leave none.
     """
     import gc
+    from unittest import mock
 
     from auto_round.data_type import gguf
 
@@ -274,22 +275,10 @@ def _suited_to_cpu() -> Iterator[None]:
 
         return within
 
-    searches = ("make_qx_quants_chunk", "iterative_wls_quant_search")
-    with contextlib.ExitStack() as changes:
-        for name in searches:
-            changes.enter_context(_changed(gguf, name, in_pieces(getattr(gguf, name))))
-        changes.enter_context(_changed(gc, "collect", lambda *_: 0))
+    names = ("make_qx_quants_chunk", "iterative_wls_quant_search")
+    searches = {name: in_pieces(getattr(gguf, name)) for name in names}
+    with mock.patch.multiple(gguf, **searches), mock.patch.object(gc, "collect", lambda *_: 0):
         yield
-
-
-@contextlib.contextmanager
-def _changed(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def pre_tokenizer(checkpoint: Path) -> str:

@@ -17,7 +17,7 @@ _MARKER = re.compile(
     r"|(?:答案[\s*_]*(?:[是为选]|[:：])|故选|^[\W_]{0,20}答\s*[:：])[\s*_]*[:：]?[\s*_]*",
     re.IGNORECASE | re.MULTILINE,
 )
-_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.S | re.I)
+TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.S | re.I)
 _ASSIGNED = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?:_\{?\w+\}?)?\s*=\s*[^=,;≈]+?(?=\s*(?:,|;|$|\b(?:and|or)\b))", re.M)
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?:\*\*)?\s+(?=[A-Z*\\$(])")
 # The last of several items is not the answer, unless it says so.
@@ -66,7 +66,7 @@ def final_answer(response: str, question: str = "") -> str | None:
     Without a box it is the sentence after "Answer:", else the closing sentence. Numbers of the ``question`` that are
     repeated in that sentence are not taken for the answer when another number stands there.
     """
-    if tagged := _TAGGED.findall(response):
+    if tagged := TAGGED.findall(response):
         response = f"**Answer:** {tagged[-1].strip()}"
     if (boxes := _boxes(response)) and not _is_cut(response):
         return _joined(response, boxes)

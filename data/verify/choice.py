@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from r1distill.data.verify.answers import TAGGED
 from r1distill.data.verify.check import Finding, failed, passed, unverifiable
 
 VERSION = "choice 2"
@@ -30,7 +31,6 @@ _SENTENCE = re.compile(
     r"(?P<chosen>[^\n]*)",
     re.I | re.M,
 )
-_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.S | re.I)
 _SEVERAL = re.compile(r"A?B?C?D?E?F?G?H?I?J?")  # "ACD"
 _BOLD = re.compile(r"\*\*(?P<said>[^*\n]+)\*\*")
 _WORD = r"(?:(?:option|choice|answer|letter)s?\s*)?"
@@ -92,7 +92,7 @@ def _statements(response: str, texts: list[str]) -> list[str]:
     """
     boxes = [content for match in _BOX.finditer(response) if (content := _until_brace(response, match.end())).strip()]
     lines = [match["said"] for match in _ANSWER_LINE.finditer(response) if not _BOX.search(match["said"])]
-    if strong := [*boxes, *_TAGGED.findall(response), *(line for line in lines if _clean(line))]:
+    if strong := [*boxes, *TAGGED.findall(response), *(line for line in lines if _clean(line))]:
         return strong
     if sentences := [
         match["said"] or match["picked"] or match["subject"] or match["chosen"] or ""

@@ -17,15 +17,8 @@ _BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
 _WRAPPER = re.compile(
     r"\\(?:text|text(?:bf|it|rm|sf|tt)|math(?:rm|bf|it|sf|tt)|boldsymbol|bm|mbox|operatorname|underline)\s*" + _BRACED
 )
-_ELSEWHERE = {
-    "tg": "tan",
-    "ctg": "cot",
-    "arctg": "arctan",
-    "arcctg": "arccot",
-    "cosec": "csc",
-    "sh": "sinh",
-    "ch": "cosh",
-}
+_ELSEWHERE = {"tg": "tan", "ctg": "cot", "arctg": "arctan", "arcctg": "arccot", "cosec": "csc", "sh": "sinh",
+              "ch": "cosh"}  # fmt: skip
 _FUNCTION = re.compile(
     r"\\(?:(?:operatorname|mathrm|text|textrm)\s*\{\s*((?:arc)?(?:sin|cos|tan|cot|sec|csc|cosec|tg|ctg)h?|ln|log|lg|exp"
     r"|[sc]h|gcd|lcm|max|min|det)\s*\}|((?:arc)?c?tg|cosec)(?![a-z]))\s*"
@@ -67,27 +60,8 @@ _NO_UNIT = re.compile(
     r"|^(?:squared|cubed|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?)\b",
     re.I,
 )  # fmt: skip
-_SHORT = {
-    "hz",
-    "pa",
-    "kn",
-    "kj",
-    "kw",
-    "mw",
-    "ev",
-    "db",
-    "ph",
-    "kb",
-    "mb",
-    "gb",
-    "tb",
-    "ly",
-    "au",
-    "pc",
-    "sq",
-    "cu",
-    "of",
-}
+_SHORT = {"hz", "pa", "kn", "kj", "kw", "mw", "ev", "db", "ph", "kb", "mb", "gb", "tb", "ly", "au", "pc",
+          "sq", "cu", "of"}  # fmt: skip
 _LETTERS_IN_A_ROW = {"abcdefghijklmnopqrstuvwxyz"[place : place + 3] for place in range(24)}
 _CLOCK = re.compile(r"(\d{1,2})(?::00)? ?([ap])\.? ?m\.?|(\d{1,2}):00", re.I)
 _VULGAR = {"½": "1}{2", "⅓": "1}{3", "⅔": "2}{3", "¼": "1}{4", "¾": "3}{4", "⅕": "1}{5", "⅖": "2}{5", "⅗": "3}{5",

@@ -17,18 +17,8 @@ _SHORT_FORMS = {"dne": "doesnotexist", "emptyset": "nosolution", "nosolutions": 
                 "infinite": "infinitelymany", "infinitelymanysolutions": "infinitelymany"}  # fmt: skip
 _FILLERS = {"a", "an", "the", "on", "in", "at", "by", "is"}
 # Nouns that name again what was asked for: an "obtuse" triangle, a series that "converges".
-_GENERAL = {
-    "triangle",
-    "angle",
-    "series",
-    "sequence",
-    "integral",
-    "function",
-    "number",
-    "numbers",
-    "solution",
-    "solutions",
-}
+_GENERAL = {"triangle", "angle", "series", "sequence", "integral", "function", "number", "numbers", "solution",
+            "solutions"}  # fmt: skip
 _NOTHING = re.compile(
     r"(?:there (?:is|are) )?no (?P<kind>(?:such|real|integer|positive|rational|valid|possible)(?: such| \w+)?)? ?"
     r"(?:solution|root|value|number|integer|pair|triple|function)s?(?: exists?)?|none(?: exists?)?"
