@@ -276,7 +276,7 @@ def _suited_to_cpu() -> Iterator[None]:
         return within
 
     names = ("make_qx_quants_chunk", "iterative_wls_quant_search")
-    searches = {name: in_pieces(getattr(gguf, name)) for name in names}
+    searches: dict[str, Any] = {name: in_pieces(getattr(gguf, name)) for name in names}
     with mock.patch.multiple(gguf, **searches), mock.patch.object(gc, "collect", lambda *_: 0):
         yield
 
